@@ -1,0 +1,359 @@
+"""What to do, as frozen and validated values: an Experiment is a Simulation and two Networks.
+
+Every field is followed by its meaning and unit, and every default is the paper's
+fixed-geometry experiment (section 3.1.1 of the paper; docs/paper.md says what the paper
+leaves open). What cannot work is refused when it is built. A Simulation decides every
+pixel of a dataset, and its digest names the dataset; a Network decides nothing about data.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from scipy.special import ndtr, ndtri
+
+# Raised whenever the code draws other numbers or renders other pixels from the same Simulation.
+SIMULATOR_VERSION = 1
+
+# The splits of a dataset, and the slope at which each is held (None: as the Simulation says).
+SPLITS: dict[str, float | None] = {
+    "train": None,
+    "validation": None,
+    "test": None,
+    "test-alpha-1.6": -1.6,
+    "test-alpha-1.8": -1.8,
+    "test-alpha-2.0": -2.0,
+    "test-alpha-2.2": -2.2,
+    "test-alpha-2.4": -2.4,
+}
+
+
+class Settings(BaseModel):
+    """A frozen set of named values that knows no others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> Self:
+        """Return the settings that a nested dictionary describes; ValueError with one line if it cannot."""
+        try:
+            # By way of JSON, where a tuple is a list and 1 is also 1.0, but "1" is neither.
+            return cls.model_validate_json(json.dumps(values))
+        except ValidationError as error:
+            raise ValueError(explain(error, cls)) from None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as nested dictionaries, lists and numbers, ready for JSON."""
+        return self.model_dump(mode="json")
+
+    def override(self, changes: dict[str, Any]) -> Self:
+        """Return the settings with the values at dotted keys replaced."""
+        values = self.as_dict()
+        for key, value in changes.items():
+            check_key(type(self), key)
+            *parents, name = key.split(".")
+            place = values
+            for parent in parents:
+                place = place[parent]
+            place[name] = value
+        return type(self).parse(values)
+
+
+class Uniform(Settings):
+    """A value drawn evenly between two ends."""
+
+    uniform: tuple[float, float]  # lowest, highest
+
+    @model_validator(mode="after")
+    def _ends_in_order(self) -> Self:
+        low, high = self.uniform
+        if not low < high:
+            raise ValueError(f"uniform needs [low, high] with low < high; got [{low}, {high}]. A plain number fixes a value.")
+        return self
+
+
+class Normal(Settings):
+    """A value drawn from a normal distribution that is cut at two ends."""
+
+    normal: tuple[float, float, float, float]  # mean, standard deviation, lowest, highest
+
+    @model_validator(mode="after")
+    def _ends_in_order(self) -> Self:
+        mean, sd, low, high = self.normal
+        if not (sd > 0 and low < high):
+            raise ValueError(
+                f"normal needs [mean, sd, low, high] with sd > 0 and low < high; got [{mean}, {sd}, {low}, {high}]. "
+                "A plain number fixes a value."
+            )
+        if ndtr((high - mean) / sd) - ndtr((low - mean) / sd) < 1e-6:
+            raise ValueError(f"normal with mean {mean} and sd {sd} hardly ever falls in [{low}, {high}]; move the ends.")
+        return self
+
+
+def _kind_of_distribution(value: Any) -> str:
+    if isinstance(value, dict):
+        return "normal" if "normal" in value else "uniform"
+    if isinstance(value, (Uniform, Normal)):
+        return type(value).__name__.lower()
+    return "number"
+
+
+# A quantity that varies from image to image, or a plain number, which fixes it.
+Distribution = Annotated[
+    Annotated[float, Tag("number")] | Annotated[Uniform, Tag("uniform")] | Annotated[Normal, Tag("normal")],
+    Discriminator(_kind_of_distribution),
+]
+
+
+def support(distribution: float | Uniform | Normal) -> tuple[float, float]:
+    """Return the lowest and the highest value that a distribution can give."""
+    if isinstance(distribution, Uniform):
+        return distribution.uniform
+    if isinstance(distribution, Normal):
+        return distribution.normal[2:]
+    return distribution, distribution
+
+
+def quantile(distribution: float | Uniform | Normal, u: np.ndarray) -> np.ndarray:
+    """Return the values below which a share u of the distribution lies, shaped like u in [0, 1)."""
+    if isinstance(distribution, Uniform):
+        low, high = distribution.uniform
+        return low + (high - low) * u
+    if isinstance(distribution, Normal):
+        mean, sd, low, high = distribution.normal
+        below, above = ndtr((low - mean) / sd), ndtr((high - mean) / sd)
+        return np.clip(mean + sd * ndtri(below + (above - below) * u), low, high)
+    return np.full_like(u, distribution)
+
+
+class Lens(Settings):
+    """The main lens: a singular isothermal ellipsoid."""
+
+    theta_E: Distribution = 1.5  # Einstein radius, intermediate-axis convention [arcsec]
+    q: Distribution = 0.78  # minor over major axis of the mass, in (0, 1]
+    phi: Distribution = 0.0  # from the x-axis to the major axis, counter-clockwise [rad]
+    x: Distribution = 0.0  # centre [arcsec]
+    y: Distribution = 0.0  # centre [arcsec]
+    z_lens: Distribution = 0.5  # redshift; the paper fixes it and does not say at what
+
+    @model_validator(mode="after")
+    def _is_a_lens(self) -> Self:
+        if support(self.theta_E)[0] <= 0:
+            raise ValueError(f"lens.theta_E must be positive; it reaches down to {support(self.theta_E)[0]}.")
+        low, high = support(self.q)
+        if low <= 0 or high > 1:
+            wrong = high if high > 1 else low
+            raise ValueError(f"lens.q is minor/major, so it must lie in (0, 1]; got {wrong}. For a major/minor ratio pass 1/q.")
+        if support(self.z_lens)[0] <= 0:
+            raise ValueError(f"lens.z_lens must be positive; it reaches down to {support(self.z_lens)[0]}.")
+        return self
+
+
+class Source(Settings):
+    """The lensed galaxy: a round Gaussian at the origin of the source plane."""
+
+    z: Distribution = 1.77  # redshift
+    sigma: Distribution = 0.9  # standard deviation of the light [arcsec]
+
+    @model_validator(mode="after")
+    def _is_a_source(self) -> Self:
+        if support(self.sigma)[0] <= 0:
+            raise ValueError(f"source.sigma must be positive; it reaches down to {support(self.sigma)[0]}.")
+        return self
+
+
+class Subhalos(Settings):
+    """The subhaloes: singular isothermal spheres with dN/dM proportional to M^alpha (eq. 2.1)."""
+
+    alpha: Distribution = Uniform(uniform=(-2.5, -1.5))  # slope of the mass function
+    # The limits reproduce the paper's two stated means of N: physics.subhalos.solve_mass_limits.
+    mass_min: float = Field(7.40e8, gt=0)  # [Msun]
+    mass_max: float = Field(1.70e11, gt=0)  # [Msun]
+    mass_fraction: float = Field(0.1, gt=0, le=1)  # drawn until their mass reaches this share of the lens mass
+    compensation: Literal["none", "sheet"] = "none"  # sheet: negative uniform convergence that takes their mass away
+
+    @model_validator(mode="after")
+    def _limits_in_order(self) -> Self:
+        if not self.mass_min < self.mass_max:
+            raise ValueError(
+                f"subhalos.mass_min must be below subhalos.mass_max; got {self.mass_min:g} and {self.mass_max:g} Msun."
+            )
+        return self
+
+
+class Camera(Settings):
+    """What becomes of the light on its way into pixels."""
+
+    num_pixels: int = Field(60, ge=4, le=4096)  # on each side
+    pixel_scale: float = Field(0.1, gt=0)  # [arcsec]
+    psf_sigma: float = Field(0.07, ge=0)  # of the Gaussian point-spread function [arcsec]; 0: none
+    signal_to_noise: Annotated[float, Field(gt=0)] | None = 300.0  # null: no noise
+    noise_reference: Literal["frame", "peak"] = "frame"  # the signal in signal_to_noise: summed over the frame, or the peak pixel
+    normalise: bool = True  # scale each image to minimum 0 and maximum 1
+    supersampling: int = Field(1, ge=1, le=16)  # rays per pixel and axis
+
+    @model_validator(mode="after")
+    def _psf_fits_the_frame(self) -> Self:
+        if self.psf_sigma > self.num_pixels * self.pixel_scale:
+            raise ValueError(
+                f"camera.psf_sigma must be smaller than the frame of {self.num_pixels * self.pixel_scale:g} arcsec; "
+                f"got {self.psf_sigma:g} arcsec. It is in arcsec, not in pixels."
+            )
+        return self
+
+
+class Output(Settings):
+    """What is stored of each image beside its truth."""
+
+    catalogue: bool = False  # the subhaloes one by one: position, mass, Einstein radius
+
+
+class Simulation(Settings):
+    """Everything that decides the rows of a dataset."""
+
+    engine: Literal["numba", "lenstronomy"] = "numba"  # what traces the rays; lenstronomy is the reference
+    seed: int = Field(0, ge=0, lt=2**63)
+    lens: Lens = Lens()
+    source: Source = Source()
+    subhalos: Subhalos = Subhalos()
+    camera: Camera = Camera()
+    output: Output = Output()
+
+    @model_validator(mode="after")
+    def _can_be_simulated(self) -> Self:
+        if support(self.lens.z_lens)[1] >= support(self.source.z)[0]:
+            raise ValueError(
+                f"the source must lie behind the lens; source.z reaches down to {support(self.source.z)[0]:g} "
+                f"and lens.z_lens up to {support(self.lens.z_lens)[1]:g}."
+            )
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Eight characters that name all that is made from this Simulation by this version of the simulator."""
+        return digest({"simulator_version": SIMULATOR_VERSION, "simulation": self.as_dict()})
+
+
+class Model(Settings):
+    """The shape of a network (section 2.2; the number of layers is the number of filters)."""
+
+    filters: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)  # of each convolution, from the input on
+    kernel_size: int = Field(ge=1)  # of every convolution [pixels], odd
+    dense: int = Field(512, ge=1)  # width of the first dense layer
+    dropout: float = Field(0.25, ge=0, lt=1)  # share of outputs put out after each pooling
+    activation: Literal["relu", "elu", "gelu", "tanh"] = "relu"
+
+    @model_validator(mode="after")
+    def _kernel_has_a_centre(self) -> Self:
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"model.kernel_size must be odd, so that 'same' padding is even; got {self.kernel_size}.")
+        return self
+
+
+class Training(Settings):
+    """How a network is trained (section 2.2)."""
+
+    num_epochs: int = Field(100, ge=1)
+    batch_size: int = Field(16, ge=2)  # images a step, over all workers
+    learning_rate: float = Field(1e-4, gt=0)
+    optimizer: Literal["adam", "nadam"] = "adam"
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+class Network(Settings):
+    """A network and how it is trained."""
+
+    model: Model
+    training: Training = Training()
+
+
+class NumImages(Settings):
+    """How many images each split holds; training to test is 5 : 1 (section 2.2)."""
+
+    train: int = Field(100_000, ge=1)
+    validation: int = Field(10_000, ge=1)  # the paper does not say
+    test: int = Field(20_000, ge=1)
+    test_alpha: int = Field(5_000, ge=1)  # in each of the sets with alpha held
+
+    def of(self, split: str) -> int:
+        """Return the number of images in a split of SPLITS."""
+        return self.test_alpha if split.startswith("test-alpha") else getattr(self, split)
+
+
+class Experiment(Settings):
+    """All that `raylens reproduce` needs: what to simulate, how much, and what to train on it."""
+
+    name: str = Field("paper-fixed", pattern=r"^[a-z0-9][a-z0-9.-]*$")  # also the start of its datasets' names
+    simulation: Simulation = Simulation()
+    num_images: NumImages = NumImages()
+    n_cnn: Network = Network(model=Model(filters=(16, 32, 64), kernel_size=5))
+    alpha_cnn: Network = Network(model=Model(filters=(8,), kernel_size=3))
+
+    def override(self, changes: dict[str, Any]) -> Experiment:
+        """Return the experiment with the values at dotted keys replaced.
+
+        A key that starts with `model` or `training` means both networks, one that starts like a
+        field of Simulation means that field, and any other is spelled from the top: `n_cnn.training.seed`.
+        """
+        full: dict[str, Any] = {}
+        for key, value in changes.items():
+            first = key.split(".")[0]
+            if first in Network.model_fields:
+                full |= {f"n_cnn.{key}": value, f"alpha_cnn.{key}": value}
+            elif first in Simulation.model_fields:
+                full[f"simulation.{key}"] = value
+            else:
+                full[key] = value
+        return super().override(full)
+
+
+def digest(values: dict[str, Any]) -> str:
+    """Return eight hexadecimal characters of the SHA-256 of a dictionary's canonical JSON."""
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def keys(settings: type[BaseModel]) -> list[str]:
+    """Return the dotted names of all single values in a kind of settings."""
+    names = []
+    for name, field in settings.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            names += [f"{name}.{below}" for below in keys(field.annotation)]
+        else:
+            names.append(name)
+    return names
+
+
+def check_key(settings: type[BaseModel], key: str) -> None:
+    """Refuse a dotted key that names no value, with the nearest that does."""
+    known = keys(settings)
+    if key in known:
+        return
+    below = [name for name in known if name.startswith(f"{key}.")]
+    if below:
+        raise ValueError(f"{key} is a group of values, not a value; set one of {', '.join(below)}.")
+    raise ValueError(f"there is no {key}{_nearest(key, known)}.")
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    # A forgotten group (num_pixels for camera.num_pixels) is as likely as a slip of the pen.
+    names = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {names[0]}?" if names else f"; known are {', '.join(known)}"
+
+
+def explain(error: ValidationError, settings: type[BaseModel]) -> str:
+    """Return pydantic's first complaint as one line that says where, what must hold and what arrived."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("number", "uniform", "normal"))
+    if first["type"] == "extra_forbidden":
+        return f"there is no {where}{_nearest(where, keys(settings))}."
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    if first["type"] == "missing":
+        return f"{where} is missing."
+    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}; got {json.dumps(first['input'])}."

@@ -1,0 +1,37 @@
+"""Distances in the sky, from astropy: redshifts in, the ratio that lensing needs out.
+
+The cosmology is Planck18, astropy's current default. It is flat, so comoving distances add up,
+and it enters lensing only as D_ds / D_s.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from astropy.cosmology import Planck18
+
+
+def distance_ratio(z_lens: np.ndarray, z_source: np.ndarray) -> np.ndarray:
+    """Return D_ds / D_s, lens to source over observer to source.
+
+    Parameters
+    ----------
+    z_lens, z_source : float arrays of one shape
+        Redshifts, 0 < z_lens < z_source.
+
+    Returns
+    -------
+    float array shaped like z_lens
+        Ratio of angular-diameter distances, in (0, 1).
+
+    Examples
+    --------
+    >>> round(float(distance_ratio(np.array([0.5]), np.array([1.77]))[0]), 4)
+    0.6069
+    """
+    return 1.0 - _comoving_distance(z_lens) / _comoving_distance(z_source)
+
+
+def _comoving_distance(z: np.ndarray) -> np.ndarray:
+    # An integral for each redshift: where all images share one, it is done once.
+    values, places = np.unique(z, return_inverse=True)
+    return Planck18.comoving_distance(values).to_value("Mpc")[places].reshape(np.shape(z))
