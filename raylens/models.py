@@ -1,0 +1,183 @@
+"""The paper's two networks (section 2.2, figure 4), and a trained network as data: safetensors and JSON.
+
+A network takes images (B, num_pixels, num_pixels) and, for the alpha-CNN, N (B,), in the units of
+the dataset, and gives its target (B,) in the same units. Inside, the target and N are standardised
+by the mean and standard deviation of the training labels, which the paper does not mention and
+without which its N-CNN is biased for many epochs (docs/paper.md).
+
+Tensors: B images, C channels, H rows, W columns, F features.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from raylens import storage
+from raylens.config import Model, Settings, Training
+
+NetworkName = Literal["n-cnn", "alpha-cnn"]
+
+# What each network predicts: a column of a dataset.
+TARGETS: dict[NetworkName, str] = {"n-cnn": "num_subhalos", "alpha-cnn": "alpha"}
+
+_ACTIVATIONS = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "tanh": nn.Tanh}
+
+
+class Scaling(Settings):
+    """Standardises a label: (value - mean) / sd."""
+
+    mean: float
+    sd: float = Field(gt=0)
+
+
+class Baselines(Settings):
+    """What the training labels alone predict; stands beside every result."""
+
+    constant: float  # the mean of the target
+    num_subhalos: list[float]  # knots of the curve below, increasing
+    target_of_num_subhalos: list[float]  # the mean of the target at them
+
+
+class Card(Settings):
+    """All that is known of a trained network; `model.json`."""
+
+    network: NetworkName
+    target: str
+    loss: Literal["mse"] = "mse"  # of the standardised target
+    num_pixels: int = Field(ge=1, le=4096)
+    num_parameters: int
+    model: Model
+    training: Training
+    target_scaling: Scaling
+    num_subhalos_scaling: Scaling
+    baselines: Baselines
+    recipe: str
+    dataset: str  # URI
+    dataset_digest: str
+    validation_dataset: str | None  # None: a tenth of the dataset, held out
+    num_training_images: int
+    num_validation_images: int
+    num_workers: int
+    num_threads: int  # of each worker
+    device: str
+    epoch: int  # whose weights these are: the one with the lowest validation loss
+    metrics: dict[str, float | int]  # of that epoch, as in metrics.jsonl
+    seconds: float  # of training, start-up included
+    versions: dict[str, str]
+
+
+class CNN(nn.Module):
+    """Convolution, activation, batch normalisation, pooling and dropout, repeated; then two dense layers.
+
+    Raises
+    ------
+    ValueError
+        If the layers pool the image away.
+    """
+
+    def __init__(
+        self, network: NetworkName, model: Model, *, num_pixels: int, target: Scaling, num_subhalos: Scaling
+    ) -> None:
+        super().__init__()
+        side = num_pixels >> len(model.filters)  # each pooling halves, rounding down
+        if side < 1:
+            raise ValueError(
+                f"{len(model.filters)} layers pool images of {num_pixels} pixels away; model.filters may have "
+                f"at most {num_pixels.bit_length() - 1} values."
+            )
+        self.target, self.num_subhalos = target, num_subhalos
+        layers: list[nn.Module] = []
+        num_channels = 1
+        for num_filters in model.filters:
+            layers += [
+                nn.Conv2d(num_channels, num_filters, model.kernel_size, padding=model.kernel_size // 2),
+                _ACTIVATIONS[model.activation](),
+                nn.BatchNorm2d(num_filters),
+                nn.MaxPool2d(2),
+                nn.Dropout(model.dropout),
+            ]
+            num_channels = num_filters
+        self.features = nn.Sequential(
+            *layers,
+            nn.Flatten(),
+            nn.Linear(num_channels * side * side, model.dense),
+            _ACTIVATIONS[model.activation](),
+        )
+        self.takes_num_subhalos = network == "alpha-cnn"
+        self.head = nn.Linear(model.dense + self.takes_num_subhalos, 1)
+
+    def forward(self, image_BHW: Tensor, num_subhalos_B: Tensor) -> Tensor:
+        """Return the standardised prediction (B,); the N-CNN does not look at num_subhalos_B."""
+        features_BF = self.features(image_BHW.unsqueeze(1))
+        if self.takes_num_subhalos:
+            standardised_B = (num_subhalos_B - self.num_subhalos.mean) / self.num_subhalos.sd
+            features_BF = torch.cat([features_BF, standardised_B.unsqueeze(1)], dim=1)
+        return self.head(features_BF).squeeze(1)
+
+    def standardised(self, target_B: Tensor) -> Tensor:
+        """Return the target as `forward` predicts it."""
+        return (target_B - self.target.mean) / self.target.sd
+
+    def in_units(self, prediction_B: Tensor) -> Tensor:
+        """Return what `forward` predicts in the units of the dataset."""
+        return prediction_B * self.target.sd + self.target.mean
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def save(run: str, weights: bytes, card: Card) -> None:
+    """Write a trained network into a run: the weights, and last the card, which makes it one."""
+    storage.write(storage.join(run, "model.safetensors"), weights)
+    storage.write(storage.join(run, "model.json"), json.dumps(card.as_dict(), indent=1) + "\n")
+
+
+def read_card(run: str, network: NetworkName) -> Card:
+    """Return what is known of the trained network in a run.
+
+    Raises
+    ------
+    ValueError
+        If the run holds none, or not the one asked for.
+    """
+    place = storage.join(run, "model.json")
+    if not storage.exists(place):
+        raise ValueError(f"{run} holds no trained network; `raylens train {network} --to {run}` makes one.")
+    try:
+        card = Card.parse(json.loads(storage.read(place)))
+    except ValueError as error:
+        raise ValueError(f"{place} does not describe a network: {error}") from None
+    if card.network != network:
+        raise ValueError(f"{run} holds an {card.network}, where an {network} is needed.")
+    return card
+
+
+def load(run: str, network: NetworkName) -> CNN:
+    """Return the trained network of a run, ready to predict."""
+    card = read_card(run, network)
+    model = build(card)
+    place = storage.join(run, "model.safetensors")
+    try:
+        model.load_state_dict(safetensors.torch.load(storage.read(place)))
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{place} does not hold the weights that model.json describes: {str(error).splitlines()[0]}") from None
+    return model.eval()
+
+
+def build(card: Any) -> CNN:
+    """Return the untrained network that a card describes."""
+    return CNN(
+        card.network,
+        card.model,
+        num_pixels=card.num_pixels,
+        target=card.target_scaling,
+        num_subhalos=card.num_subhalos_scaling,
+    )
