@@ -306,6 +306,7 @@ class Experiment(Settings):
             if first in Network.model_fields:
                 full |= {f"n_cnn.{key}": value, f"alpha_cnn.{key}": value}
             elif first in Simulation.model_fields:
+                check_key(Simulation, key)
                 full[f"simulation.{key}"] = value
             else:
                 full[key] = value
@@ -337,21 +338,24 @@ def check_key(settings: type[BaseModel], key: str) -> None:
     below = [name for name in known if name.startswith(f"{key}.")]
     if below:
         raise ValueError(f"{key} is a group of values, not a value; set one of {', '.join(below)}.")
-    raise ValueError(f"there is no {key}{_nearest(key, known)}.")
+    raise ValueError(f"there is no {key}{_nearest(key, known)}")
 
 
 def _nearest(key: str, known: list[str]) -> str:
     # A forgotten group (num_pixels for camera.num_pixels) is as likely as a slip of the pen.
-    names = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {names[0]}?" if names else f"; known are {', '.join(known)}"
+    names = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1)
+    names = [name.removeprefix("simulation.") for name in names]
+    return f"; did you mean {names[0]}?" if names else f"; known are {', '.join(known)}."
 
 
 def explain(error: ValidationError, settings: type[BaseModel]) -> str:
     """Return pydantic's first complaint as one line that says where, what must hold and what arrived."""
     first = error.errors()[0]
+    # The tag of a distribution's kind is no part of its name, and a simulation's settings go without prefix.
     where = ".".join(str(part) for part in first["loc"] if part not in ("number", "uniform", "normal"))
+    where = where.removeprefix("simulation.")
     if first["type"] == "extra_forbidden":
-        return f"there is no {where}{_nearest(where, keys(settings))}."
+        return f"there is no {where}{_nearest(where, keys(settings))}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     if first["type"] == "missing":

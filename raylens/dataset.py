@@ -154,19 +154,25 @@ def read_manifest(uri: str) -> Manifest | None:
     return _parse(Manifest, place) if storage.exists(place) else None
 
 
-def begin(uri: str, *, recipe: str, split: str, simulation: Simulation, num_images: int, shard_size: int) -> Plan:
+def check_split(split: str) -> None:
+    """Refuse a split that is none of SPLITS."""
+    if split not in SPLITS:
+        raise ValueError(f"{split} is no split; the splits are {', '.join(SPLITS)}.")
+
+
+def begin(
+    uri: str, *, recipe: str, split: str, simulation: Simulation, num_images: int, shard_size: int | None = None
+) -> Plan:
     """Write the plan of a dataset, or extend the one that stands, and return it.
 
     Raises
     ------
     ValueError
-        If a dataset of another shard size stands there, or the split is unknown.
+        If a dataset of another shard size than the one asked for stands there.
     """
-    if split not in SPLITS:
-        raise ValueError(f"{split} is no split; the splits are {', '.join(SPLITS)}.")
     if storage.exists(storage.join(uri, "dataset.json")):
         plan = read_plan(uri)
-        if plan.shard_size != shard_size:
+        if shard_size not in (None, plan.shard_size):
             raise ValueError(
                 f"{uri} has shards of {plan.shard_size} images; got --shard-size {shard_size}. "
                 f"Leave it at {plan.shard_size}, or choose another --to."
@@ -181,7 +187,7 @@ def begin(uri: str, *, recipe: str, split: str, simulation: Simulation, num_imag
             split=split,
             digest=simulation.digest,
             simulator_version=SIMULATOR_VERSION,
-            shard_size=shard_size,
+            shard_size=shard_size or SHARD_SIZE,
             num_images=num_images,
             versions=versions(),
             simulation=simulation,

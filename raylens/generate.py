@@ -50,7 +50,7 @@ def simulate(
     recipe: str,
     split: str = "train",
     num_images: int,
-    shard_size: int = dataset.SHARD_SIZE,
+    shard_size: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Simulated:
     """Make the dataset of a split below a root, or what is missing of it.

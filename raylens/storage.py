@@ -104,7 +104,10 @@ def check_writable(uri: str) -> None:
     """Refuse a place that cannot be written, before any work is done for it."""
     probe = join(uri, f".raylens-{uuid.uuid4().hex[:8]}")
     made = None if is_s3(uri) else _topmost_missing(uri)
-    write(probe, b"")
+    try:
+        write(probe, b"")
+    except StorageError as error:
+        raise StorageError(f"{uri} cannot be written: {str(error).removeprefix(probe + ': ')}") from error
     remove(probe)
     while made and os.path.isdir(uri) and not os.listdir(uri):  # leave no folder that was not there
         os.rmdir(uri)

@@ -1,0 +1,33 @@
+# Everything runs in ./.venv, which `make setup` makes; the other targets make it when it is not there.
+PYTHON ?= python3
+RAYLENS := .venv/bin/python -m raylens
+STAMP := .venv/.installed
+
+.PHONY: setup demo test check slow benchmarks
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+# The whole job on this machine: lenses, networks, tables. Run again, it does only what is missing.
+demo: $(STAMP)
+	$(RAYLENS) reproduce smoke --to demo
+
+test: $(STAMP)
+	.venv/bin/python -m pytest -q
+
+# What takes minutes each: faults at scale, campaigns, the smoke recipe's promises.
+slow: $(STAMP)
+	.venv/bin/python -m pytest -q -m slow
+
+check: $(STAMP)
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+
+benchmarks: $(STAMP)
+	.venv/bin/python benchmarks/simulate.py
+	.venv/bin/python benchmarks/generate.py

@@ -1,0 +1,354 @@
+"""The command line: one verb a stage.
+
+Standard output ends with one JSON object, the facts of the run; progress goes to standard error.
+Exit status: 0 done; 1 failed, with one line `error: ...`; 2 wrong usage. The verbs import what
+they need when they run: `raylens --help` should not wait for Ray and torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from raylens import __version__, recipes, storage
+from raylens.config import Simulation, check_key
+from raylens.config import Network as NetworkSettings
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Strong-lens simulation, training, search and evaluation at scale, on Ray.",
+    epilog="Anywhere on the line: --quiet prints nothing but the JSON line at the end, --debug shows tracebacks.",
+)
+
+Recipe = Annotated[str, typer.Argument(help="a recipe's name, a .toml or .json file, or a dataset", show_default=False)]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting, e.g. lens.theta_E=1.2")
+]
+To = Annotated[str, typer.Option("--to", help="where to: a local path or s3://bucket/prefix", show_default=False)]
+Data = Annotated[str, typer.Option("--data", help="the dataset to train on", show_default=False)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line and return its exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    _Talk.quiet, _Talk.debug = "--quiet" in words, "--debug" in words
+    logging.basicConfig(level=logging.DEBUG if _Talk.debug else logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        status = app([word for word in words if word not in ("--quiet", "--debug")], standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; run the same command again to go on.")
+    except Exception as error:
+        if _Talk.debug:
+            raise
+        if hasattr(error, "format_message"):  # typer's own: the line was not understood
+            return _fail(f"{_sentence(error.format_message())} See raylens --help.", 2)
+        return _fail(_explanation(error))
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="print the version")] = False
+) -> None:
+    if version:
+        _finish(raylens=__version__)
+        raise typer.Exit
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """List the recipes, one line each."""
+    for name, recipe in recipes.RECIPES.items():
+        _say(f"{name:20} {(recipe.__doc__ or '').strip()}")
+    _finish(recipes=list(recipes.RECIPES))
+
+
+@app.command()
+def show(recipe: Recipe, settings: Set = None) -> None:
+    """Print a recipe in full, as JSON that is itself a recipe file, and its digest."""
+    experiment = recipes.load(recipe).override(_changes(settings))
+    values = {**experiment.as_dict(), "digest": experiment.simulation.digest}
+    # For people over many lines; for files and pipes on one, which is also the last.
+    print(json.dumps(values, indent=2 if sys.stdout.isatty() else None))
+
+
+@app.command()
+def simulate(
+    recipe: Recipe,
+    to: To,
+    split: Annotated[str, typer.Option(help="train, validation, test, or test-alpha-1.6 ... test-alpha-2.4")] = "train",
+    num_images: Annotated[int | None, typer.Option(min=1, help="how many images; as the recipe says", show_default=False)] = None,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="images in a file; 1024", show_default=False)] = None,
+    settings: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
+) -> None:
+    """Simulate a split of a recipe into Parquet below a root, or what is missing of it."""
+    from raylens import dataset
+
+    experiment = recipes.load(recipe)
+    changes = _changes(settings)
+    for key in changes:
+        check_key(Simulation, key)
+    simulation = experiment.simulation.override(changes)
+    dataset.check_split(split)
+    num_images = num_images or experiment.num_images.of(split)
+    uri = dataset.location(to, recipe=experiment.name, split=split, simulation=simulation)
+    if dry_run:
+        num_shards = -(-num_images // (shard_size or dataset.SHARD_SIZE))
+        standing = len(dataset.standing_shards(uri))
+        num_bytes = num_images * (4 * simulation.camera.num_pixels**2 + 400)
+        _say(f"{uri} would hold {num_images:,} images in {num_shards} shards, about {num_bytes / 1e6:,.0f} MB; {standing} stand.")
+        _finish(dataset=uri, num_images=num_images, num_shards=num_shards, num_standing=standing, bytes=num_bytes)
+        return
+    from raylens import generate
+
+    meter = _Meter(f"simulate {split}", "images")
+    simulated = generate.simulate(
+        simulation,
+        to,
+        recipe=experiment.name,
+        split=split,
+        num_images=num_images,
+        shard_size=shard_size,
+        progress=meter,
+    )
+    _say(
+        f"{simulated.num_images:,} images in {simulated.num_shards} shards: {simulated.num_made} made, "
+        f"{simulated.num_skipped} stood already."
+    )
+    _finish(**asdict(simulated))
+
+
+@app.command()
+def verify(dataset: Annotated[str, typer.Argument(help="the dataset", show_default=False)]) -> int:
+    """Check that a dataset is complete and that every checksum holds."""
+    from raylens import dataset as datasets
+
+    started = time.perf_counter()
+    wrong = datasets.verify(dataset)
+    for line in wrong:
+        _say(line)
+    plan = datasets.read_plan(storage.absolute(dataset))
+    _finish(dataset=storage.absolute(dataset), sound=not wrong, wrong=wrong, num_images=plan.num_images, num_shards=plan.num_shards,
+            seconds=time.perf_counter() - started)  # fmt: skip
+    if wrong:
+        return _fail(f"{dataset} is not sound: {wrong[0]}. `raylens simulate` with the same recipe and root mends it.")
+    return 0
+
+
+@app.command()
+def train(
+    network: Annotated[str, typer.Argument(help="n-cnn or alpha-cnn", show_default=False)],
+    data: Data,
+    to: To,
+    validation: Annotated[str | None, typer.Option(help="the dataset to validate on; a held-out tenth", show_default=False)] = None,
+    recipe: Annotated[str | None, typer.Option(help="whose settings; those of the dataset's recipe", show_default=False)] = None,
+    settings: Set = None,
+    num_workers: Annotated[int, typer.Option(min=1, help="how many train together")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that stands")] = False,
+) -> None:
+    """Train one of the two networks on a dataset."""
+    if network not in ("n-cnn", "alpha-cnn"):
+        raise typer.BadParameter(f"there is no network {network}; the networks are n-cnn and alpha-cnn.")
+    from raylens import dataset as datasets
+
+    name = recipe or datasets.read_plan(storage.absolute(data)).recipe
+    # A dataset made from someone's own file is no recipe here: then the paper's settings serve.
+    experiment = recipes.load(name) if recipe or name in recipes.RECIPES else recipes.paper_fixed()
+    chosen = experiment.n_cnn if network == "n-cnn" else experiment.alpha_cnn
+    changes = _changes(settings)
+    for key in changes:
+        check_key(NetworkSettings, key)
+    chosen = chosen.override(changes)
+    from raylens import train as training
+
+    meter = _Epochs(network, chosen.training.num_epochs)
+    trained = training.train(
+        network,  # type: ignore[arg-type]
+        chosen,
+        to,
+        data=data,
+        validation=validation,
+        recipe=name,
+        num_workers=num_workers,
+        resume=resume,
+        progress=meter,
+    )
+    _finish(**asdict(trained))
+
+
+@app.command()
+def evaluate(
+    n_cnn: Annotated[str, typer.Option("--n-cnn", help="the run of an N-CNN", show_default=False)],
+    alpha_cnn: Annotated[str, typer.Option("--alpha-cnn", help="the run of an alpha-CNN", show_default=False)],
+    data: Annotated[list[str], typer.Option("--data", help="a dataset to test on; may be repeated", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="the results, a .json file", show_default=False)],
+    true_n: Annotated[bool, typer.Option("--true-n", help="also give the alpha-CNN the true N (table 4)")] = False,
+) -> None:
+    """Test two trained networks as section 3 of the paper does."""
+    started = time.perf_counter()
+    storage.check_writable(storage.absolute(to).rpartition("/")[0])
+    from raylens import evaluate as evaluation
+
+    results = evaluation.evaluate(data, n_cnn=n_cnn, alpha_cnn=alpha_cnn, true_n=true_n, progress=_Meter("evaluate", "datasets"))
+    storage.write(to, json.dumps(results) + "\n")
+    num_images = sum(entry["num_images"] for entry in results["datasets"])
+    seconds = time.perf_counter() - started
+    _finish(results=storage.absolute(to), metrics=evaluation.headline(results), num_images=num_images, seconds=seconds,
+            images_per_second=num_images / seconds)  # fmt: skip
+
+
+@app.command()
+def report(
+    results: Annotated[list[str], typer.Argument(help="one results.json or more", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="the page, a .html file", show_default=False)],
+) -> None:
+    """Put results beside the paper's on one self-contained HTML page."""
+    started = time.perf_counter()
+    contents = []
+    for uri in results:
+        try:
+            contents.append(json.loads(storage.read(uri)))
+        except ValueError as error:
+            raise ValueError(f"{uri} is not JSON: {error}.") from None
+    from raylens import report as reports
+
+    storage.write(to, reports.report(contents))
+    _finish(report=storage.absolute(to), seconds=time.perf_counter() - started)
+
+
+@app.command()
+def reproduce(recipe: Recipe, to: To) -> None:
+    """Do all of it: simulate, train both networks, evaluate, report; what stands is skipped."""
+    experiment = recipes.load(recipe)
+    from raylens import reproduce as reproduction
+
+    def begin(stage: str) -> _Meter | _Epochs:
+        if stage.startswith("train"):
+            network = experiment.n_cnn if stage.endswith(" n-cnn") else experiment.alpha_cnn
+            return _Epochs(stage.removeprefix("train "), network.training.num_epochs)
+        return _Meter(stage, "datasets" if stage == "evaluate" else "images")
+
+    facts = reproduction.reproduce(experiment, to, begin=begin)
+    for name, value in facts["metrics"].items():
+        _say(f"{name:15} {value:.4g}")
+    _say(f"report          {facts['report']}")
+    _finish(**facts)
+
+
+@app.command()
+def doctor() -> int:
+    """Say what this machine and this cluster can do."""
+    from raylens import doctor as practice
+
+    findings = practice.examine()
+    for finding in findings:
+        _say(f"{'ok ' if finding.fine else 'BAD'}  {finding.name:11} {finding.detail}")
+    _finish(**{finding.name: {"fine": finding.fine, "detail": finding.detail} for finding in findings})
+    bad = [finding for finding in findings if not finding.fine]
+    return _fail(f"{bad[0].name}: {bad[0].detail}") if bad else 0
+
+
+class _Talk:
+    """How much is said."""
+
+    quiet = False
+    debug = False
+
+
+class _Meter:
+    """Tells of a stage's progress on standard error: how far, how fast, how long still."""
+
+    def __init__(self, stage: str, unit: str) -> None:
+        self.stage, self.unit = stage, unit
+        self.begun = self.told = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if _Talk.quiet or (now - self.told < 2 and done < total):
+            return
+        self.told = now
+        rate = done / (now - self.begun)
+        left = f"{_duration((total - done) / rate)} left" if done < total else f"in {_duration(now - self.begun)}"
+        print(f"{self.stage:24} {done:9,} of {total:,} {self.unit}  {rate:9,.0f}/s  {left}", file=sys.stderr)
+
+
+class _Epochs:
+    """Tells of each epoch on standard error."""
+
+    def __init__(self, network: str, num_epochs: int) -> None:
+        self.network, self.num_epochs = network, num_epochs
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        if _Talk.quiet:
+            return
+        left = record["seconds"] * (self.num_epochs - record["epoch"])
+        print(
+            f"{self.network:10} epoch {record['epoch']} of {self.num_epochs}  loss {record['train_loss']:.4f}  "
+            f"validation: loss {record['validation_loss']:.4f}, RMSE {record['validation_rmse']:.4g}, "
+            f"gradient {record['validation_gradient']:.3f}  {record['images_per_second']:,.0f} images/s  {_duration(left)} left",
+            file=sys.stderr,
+        )
+
+
+def _changes(settings: list[str] | None) -> dict[str, Any]:
+    """Return --set KEY=VALUE as a dictionary; a value is JSON, or else a word."""
+    changes = {}
+    for setting in settings or []:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--set takes KEY=VALUE; got {setting}.")
+        try:
+            changes[key] = json.loads(text)
+        except ValueError:
+            changes[key] = text
+    return changes
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _say(line: str) -> None:
+    if not _Talk.quiet:
+        print(line)
+
+
+def _finish(**facts: Any) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def _sentence(text: str) -> str:
+    return " ".join(text.split()).removesuffix(".") + "."
+
+
+def _explanation(error: BaseException) -> str:
+    """Return one line for an error: the first of its causes that speaks to a person."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        # What fails in a worker arrives wrapped, and says under `cause` or `worker_failures` what it was.
+        failures = getattr(link, "worker_failures", None)
+        link = next(iter(failures.values())) if failures else getattr(link, "cause", None) or link.__cause__
+    for link in chain:
+        if isinstance(link, (ValueError, OSError, MemoryError)) and str(link) and not hasattr(link, "worker_failures"):
+            return " ".join(str(link).split())
+    first = str(chain[-1]).strip().splitlines()
+    return f"{type(chain[-1]).__name__}: {first[0] if first else 'no message'} (--debug shows where)"

@@ -1,0 +1,160 @@
+"""Predictions of test sets to `results.json`: the paper's measures, baselines, and all that the figures need.
+
+The measures of section 3 stand for each dataset beside what no image is needed for: the constant,
+and alpha from the true N. Both are fitted on the training labels (`models.Baselines`). Distributions are
+kept as histograms, so that a report needs neither images nor predictions.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from raylens import dataset, models, predict, storage
+from raylens.config import SPLITS, support
+from raylens.dataset import Dataset
+from raylens.metrics import measure
+
+_NUM_BINS = 60
+
+# What each prediction predicts: a network, or a baseline.
+_TARGETS = {
+    "n_cnn": "num_subhalos",
+    "alpha_cnn": "alpha",
+    "alpha_cnn_true_n": "alpha",
+    "n_constant": "num_subhalos",
+    "alpha_constant": "alpha",
+    "alpha_from_true_n": "alpha",
+}
+_BASELINES = ("n_constant", "alpha_constant", "alpha_from_true_n")
+
+# The lens parameters of figure 1.
+_GEOMETRY = ["theta_E", "q", "phi", "x", "y", "z_source"]
+
+Progress = Callable[[int, int], None]  # datasets done, datasets in all
+
+
+def evaluate(
+    datasets: list[str],
+    *,
+    n_cnn: str,
+    alpha_cnn: str,
+    true_n: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Return the results of two trained networks on some datasets, ready for JSON.
+
+    With `true_n` also those of the alpha-CNN given the true N (table 4).
+
+    Raises
+    ------
+    ValueError
+        If a dataset is not complete, or its images are not of the networks' size.
+    """
+    n_card, alpha_card = models.read_card(n_cnn, "n-cnn"), models.read_card(alpha_cnn, "alpha-cnn")
+    test_sets = [Dataset.open(uri) for uri in datasets]
+    for data in test_sets:
+        for card, run in ((n_card, n_cnn), (alpha_card, alpha_cnn)):
+            if card.num_pixels != data.num_pixels:
+                raise ValueError(
+                    f"the {card.network} in {run} takes images of {card.num_pixels} x {card.num_pixels} pixels; "
+                    f"those of {data.uri} have {data.num_pixels} x {data.num_pixels}."
+                )
+    entries = []
+    for num_done, data in enumerate(test_sets):
+        entries.append(_evaluate_one(data, n_card, alpha_card, n_cnn, alpha_cnn, true_n))
+        progress(num_done + 1, len(test_sets))
+    illustration = storage.join(test_sets[0].uri, "illustration.json")
+    return {
+        "recipe": n_card.recipe,
+        "simulation": test_sets[0].plan.simulation.as_dict(),
+        "digest": test_sets[0].plan.digest,
+        "n_cnn": {"run": storage.absolute(n_cnn), **n_card.as_dict(), "history": _history(n_cnn)},
+        "alpha_cnn": {"run": storage.absolute(alpha_cnn), **alpha_card.as_dict(), "history": _history(alpha_cnn)},
+        "datasets": entries,
+        "illustration": json.loads(storage.read(illustration)) if storage.exists(illustration) else None,
+        "versions": dataset.versions(),
+    }
+
+
+def headline(results: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers by which a run is told from another: those of the first set with alpha varied."""
+    varied = next((entry for entry in results["datasets"] if entry["alpha"] is None), results["datasets"][0])
+    return {
+        "n_gradient": varied["n_cnn"]["gradient"],
+        "n_rmse": varied["n_cnn"]["rmse"],
+        "alpha_gradient": varied["alpha_cnn"]["gradient"],
+        "alpha_rmse": varied["alpha_cnn"]["rmse"],
+    }
+
+
+def _evaluate_one(
+    data: Dataset, n_card: models.Card, alpha_card: models.Card, n_cnn: str, alpha_cnn: str, true_n: bool
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    columns = predict.predict(data, n_cnn=n_cnn, alpha_cnn=alpha_cnn)
+    seconds = time.perf_counter() - started
+    knots = alpha_card.baselines.num_subhalos, alpha_card.baselines.target_of_num_subhalos
+    columns |= {
+        "n_constant": np.full(data.num_images, n_card.baselines.constant),
+        "alpha_constant": np.full(data.num_images, alpha_card.baselines.constant),
+        "alpha_from_true_n": np.interp(columns["num_subhalos"], *knots),
+    }
+    if not true_n:
+        del columns["alpha_cnn_true_n"]
+    measured = {name: measure(columns[_TARGETS[name]], columns[name]) for name in _TARGETS if name in columns}
+    split = data.plan.split
+    low, high = support(data.plan.simulation.subhalos.alpha)
+    held = SPLITS[split] if SPLITS[split] is not None or low < high else low
+    return {
+        "dataset": data.uri,
+        "digest": data.plan.digest,
+        "split": split,
+        "alpha": held,  # None: varied
+        "num_images": data.num_images,
+        "seconds": seconds,
+        "images_per_second": data.num_images / seconds,
+        **{name: values for name, values in measured.items() if name not in _BASELINES},
+        "baselines": {name: measured[name] for name in _BASELINES},
+        "figures": {
+            name: _figures(columns[_TARGETS[name]], columns[name]) for name in measured if name not in _BASELINES
+        },
+        "truth": {
+            "num_subhalos": _histogram(columns["num_subhalos"]),
+            **{name: _histogram(values) for name, values in data.read(_GEOMETRY).items()},
+        },
+    }
+
+
+def _figures(true: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+    """Return what figures 5 to 8 draw: the density of predicted against true, and the errors."""
+    edges = _edges(np.concatenate([true, predicted]))
+    density, _, _ = np.histogram2d(true, predicted, bins=(edges, edges))
+    return {
+        "scatter": {"edges": edges.tolist(), "counts": density.astype(int).tolist()},  # counts[true][predicted]
+        "errors": _histogram(predicted.astype(np.float64) - true),
+    }
+
+
+def _histogram(values: np.ndarray) -> dict[str, Any]:
+    edges = _edges(values)
+    counts, _ = np.histogram(values, bins=edges)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def _edges(values: np.ndarray) -> np.ndarray:
+    """Return equal bins over the values, without a thousandth at either end that would stretch them."""
+    low, high = np.quantile(values, [0.001, 0.999])
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    return np.linspace(low, high, _NUM_BINS + 1)
+
+
+def _history(run: str) -> list[dict[str, Any]]:
+    """Return the epochs of a run, as its metrics.jsonl has them."""
+    place = storage.join(run, "metrics.jsonl")
+    return [json.loads(line) for line in storage.read(place).splitlines()] if storage.exists(place) else []

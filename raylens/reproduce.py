@@ -1,0 +1,129 @@
+"""The main job: simulate, train both networks, evaluate, report, each stage skipped when its output stands.
+
+Below the root lie the datasets, the runs (named, like the datasets, by what made them),
+`results.json`, `report.html`, and `stages.json`, which remembers what each stage cost.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from raylens import cluster, dataset, evaluate, generate, models, report, storage, train
+from raylens.config import SPLITS, Experiment, Network, digest
+
+# Told of each stage: its name, and the progress within it as the stage reports it.
+Begin = Callable[[str], Callable[..., None]]
+
+
+def reproduce(experiment: Experiment, root: str, *, begin: Begin = lambda stage: lambda *facts: None) -> dict[str, Any]:
+    """Run an experiment below a root, or what is missing of it; return where all is, the metrics and the cost."""
+    started = time.perf_counter()
+    root = storage.absolute(root)
+    stages = _Stages(root)
+    datasets = {}
+    for split in SPLITS:
+        stage = f"simulate {split}"
+        simulated = generate.simulate(
+            experiment.simulation,
+            root,
+            recipe=experiment.name,
+            split=split,
+            num_images=experiment.num_images.of(split),
+            progress=begin(stage),
+        )
+        datasets[split] = simulated.dataset
+        if simulated.num_made:
+            stages.add(stage, asdict(simulated))
+
+    runs = {
+        name: _trained(name, network, experiment, root, datasets, stages, begin)
+        for name, network in (("n-cnn", experiment.n_cnn), ("alpha-cnn", experiment.alpha_cnn))
+    }
+    place = storage.join(root, "results.json")
+    results = _standing_results(place, experiment)
+    if results is None:
+        began = time.perf_counter()
+        results = evaluate.evaluate(
+            [uri for split, uri in datasets.items() if split.startswith("test")],
+            n_cnn=runs["n-cnn"],
+            alpha_cnn=runs["alpha-cnn"],
+            true_n=True,
+            progress=begin("evaluate"),
+        )
+        num_images = sum(entry["num_images"] for entry in results["datasets"])
+        seconds = time.perf_counter() - began
+        stages.add("evaluate", {"seconds": seconds, "images_per_second": num_images / seconds})
+    results |= {"experiment": experiment.as_dict(), "stages": stages.records, "machine": asdict(cluster.connect())}
+    storage.write(place, json.dumps(results) + "\n")
+    page = storage.join(root, "report.html")
+    storage.write(page, report.report([results]))
+    return {
+        "recipe": experiment.name,
+        "digest": experiment.simulation.digest,
+        "datasets": datasets,
+        "runs": runs,
+        "results": place,
+        "report": page,
+        "metrics": evaluate.headline(results),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _trained(
+    name: models.NetworkName,
+    network: Network,
+    experiment: Experiment,
+    root: str,
+    datasets: dict[str, str],
+    stages: _Stages,
+    begin: Begin,
+) -> str:
+    """Return the run of a trained network, training it or going on where that stopped."""
+    made_of = {
+        "network": network.as_dict(),
+        "simulation": experiment.simulation.digest,
+        "num_images": experiment.num_images.as_dict(),
+    }
+    run = storage.join(root, f"{experiment.name}-{name}-{digest(made_of)}")
+    if not storage.exists(storage.join(run, "model.json")):
+        trained = train.train(
+            name,
+            network,
+            run,
+            data=datasets["train"],
+            validation=datasets["validation"],
+            recipe=experiment.name,
+            resume=True,
+            progress=begin(f"train {name}"),
+        )
+        stages.add(f"train {name}", asdict(trained))
+    return run
+
+
+def _standing_results(place: str, experiment: Experiment) -> dict[str, Any] | None:
+    """Return the results that stand, if they are this experiment's by this version."""
+    if not storage.exists(place):
+        return None
+    results = json.loads(storage.read(place))
+    same = results.get("experiment") == experiment.as_dict() and results.get("versions") == dataset.versions()
+    return results if same else None
+
+
+class _Stages:
+    """What each stage cost when it last did any work."""
+
+    def __init__(self, root: str) -> None:
+        self._place = storage.join(root, "stages.json")
+        self.records: list[dict[str, Any]] = []
+        if storage.exists(self._place):
+            self.records = json.loads(storage.read(self._place))
+
+    def add(self, stage: str, facts: dict[str, Any]) -> None:
+        self.records = [record for record in self.records if record["stage"] != stage]
+        costs = ("seconds", "cpu_seconds", "gpu_seconds", "images_per_second")
+        self.records.append({"stage": stage, **{key: facts[key] for key in costs if key in facts}})
+        storage.write(self._place, json.dumps(self.records, indent=1) + "\n")
