@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import typer
 
 from raylens import __version__, recipes, storage
-from raylens.config import Simulation, check_key
 from raylens.config import Network as NetworkSettings
+from raylens.config import Simulation, check_key
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -86,7 +86,9 @@ def simulate(
     recipe: Recipe,
     to: To,
     split: Annotated[str, typer.Option(help="train, validation, test, or test-alpha-1.6 ... test-alpha-2.4")] = "train",
-    num_images: Annotated[int | None, typer.Option(min=1, help="how many images; as the recipe says", show_default=False)] = None,
+    num_images: Annotated[
+        int | None, typer.Option(min=1, help="how many images; as the recipe says", show_default=False)
+    ] = None,
     shard_size: Annotated[int | None, typer.Option(min=1, help="images in a file; 1024", show_default=False)] = None,
     settings: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
@@ -106,7 +108,10 @@ def simulate(
         num_shards = -(-num_images // (shard_size or dataset.SHARD_SIZE))
         standing = len(dataset.standing_shards(uri))
         num_bytes = num_images * (4 * simulation.camera.num_pixels**2 + 400)
-        _say(f"{uri} would hold {num_images:,} images in {num_shards} shards, about {num_bytes / 1e6:,.0f} MB; {standing} stand.")
+        _say(
+            f"{uri} would hold {num_images:,} images in {num_shards} shards, "
+            f"about {num_bytes / 1e6:,.0f} MB; {standing} shards stand."
+        )
         _finish(dataset=uri, num_images=num_images, num_shards=num_shards, num_standing=standing, bytes=num_bytes)
         return
     from raylens import generate
@@ -138,8 +143,14 @@ def verify(dataset: Annotated[str, typer.Argument(help="the dataset", show_defau
     for line in wrong:
         _say(line)
     plan = datasets.read_plan(storage.absolute(dataset))
-    _finish(dataset=storage.absolute(dataset), sound=not wrong, wrong=wrong, num_images=plan.num_images, num_shards=plan.num_shards,
-            seconds=time.perf_counter() - started)  # fmt: skip
+    _finish(
+        dataset=storage.absolute(dataset),
+        sound=not wrong,
+        wrong=wrong,
+        num_images=plan.num_images,
+        num_shards=plan.num_shards,
+        seconds=time.perf_counter() - started,
+    )
     if wrong:
         return _fail(f"{dataset} is not sound: {wrong[0]}. `raylens simulate` with the same recipe and root mends it.")
     return 0
@@ -150,8 +161,12 @@ def train(
     network: Annotated[str, typer.Argument(help="n-cnn or alpha-cnn", show_default=False)],
     data: Data,
     to: To,
-    validation: Annotated[str | None, typer.Option(help="the dataset to validate on; a held-out tenth", show_default=False)] = None,
-    recipe: Annotated[str | None, typer.Option(help="whose settings; those of the dataset's recipe", show_default=False)] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="the dataset to validate on; a held-out tenth", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="whose settings; those of the dataset's recipe", show_default=False)
+    ] = None,
     settings: Set = None,
     num_workers: Annotated[int, typer.Option(min=1, help="how many train together")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that stands")] = False,
@@ -190,7 +205,9 @@ def train(
 def evaluate(
     n_cnn: Annotated[str, typer.Option("--n-cnn", help="the run of an N-CNN", show_default=False)],
     alpha_cnn: Annotated[str, typer.Option("--alpha-cnn", help="the run of an alpha-CNN", show_default=False)],
-    data: Annotated[list[str], typer.Option("--data", help="a dataset to test on; may be repeated", show_default=False)],
+    data: Annotated[
+        list[str], typer.Option("--data", help="a dataset to test on; may be repeated", show_default=False)
+    ],
     to: Annotated[str, typer.Option("--to", help="the results, a .json file", show_default=False)],
     true_n: Annotated[bool, typer.Option("--true-n", help="also give the alpha-CNN the true N (table 4)")] = False,
 ) -> None:
@@ -199,7 +216,9 @@ def evaluate(
     storage.check_writable(storage.absolute(to).rpartition("/")[0])
     from raylens import evaluate as evaluation
 
-    results = evaluation.evaluate(data, n_cnn=n_cnn, alpha_cnn=alpha_cnn, true_n=true_n, progress=_Meter("evaluate", "datasets"))
+    results = evaluation.evaluate(
+        data, n_cnn=n_cnn, alpha_cnn=alpha_cnn, true_n=true_n, progress=_Meter("evaluate", "datasets")
+    )
     storage.write(to, json.dumps(results) + "\n")
     num_images = sum(entry["num_images"] for entry in results["datasets"])
     seconds = time.perf_counter() - started
@@ -295,7 +314,8 @@ class _Epochs:
         print(
             f"{self.network:10} epoch {record['epoch']} of {self.num_epochs}  loss {record['train_loss']:.4f}  "
             f"validation: loss {record['validation_loss']:.4f}, RMSE {record['validation_rmse']:.4g}, "
-            f"gradient {record['validation_gradient']:.3f}  {record['images_per_second']:,.0f} images/s  {_duration(left)} left",
+            f"gradient {record['validation_gradient']:.3f}  "
+            f"{record['images_per_second']:,.0f} images/s  {_duration(left)} left",
             file=sys.stderr,
         )
 

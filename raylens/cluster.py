@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import ray.data
@@ -22,6 +23,7 @@ class Resources:
     num_nodes: int
     num_cpus: int
     num_gpus: int
+    memory: int  # [bytes] that Ray may give to workers
 
 
 def connect(*, log_to_driver: bool = False) -> Resources:
@@ -34,7 +36,7 @@ def connect(*, log_to_driver: bool = False) -> Resources:
     """
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
-        quiet = {"log_to_driver": log_to_driver, "logging_level": logging.ERROR}
+        quiet: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.ERROR}
         try:
             if address:
                 ray.init(address=address, **quiet)
@@ -48,6 +50,7 @@ def connect(*, log_to_driver: bool = False) -> Resources:
         num_nodes=sum(node["Alive"] for node in ray.nodes()),
         num_cpus=int(held.get("CPU", 0)),
         num_gpus=int(held.get("GPU", 0)),
+        memory=int(held.get("memory", 0)),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -73,7 +74,9 @@ class Uniform(Settings):
     def _ends_in_order(self) -> Self:
         low, high = self.uniform
         if not low < high:
-            raise ValueError(f"uniform needs [low, high] with low < high; got [{low}, {high}]. A plain number fixes a value.")
+            raise ValueError(
+                f"uniform needs [low, high] with low < high; got [{low}, {high}]. A plain number fixes a value."
+            )
         return self
 
 
@@ -91,13 +94,15 @@ class Normal(Settings):
                 "A plain number fixes a value."
             )
         if ndtr((high - mean) / sd) - ndtr((low - mean) / sd) < 1e-6:
-            raise ValueError(f"normal with mean {mean} and sd {sd} hardly ever falls in [{low}, {high}]; move the ends.")
+            raise ValueError(
+                f"normal with mean {mean} and sd {sd} hardly ever falls in [{low}, {high}]; move the ends."
+            )
         return self
 
 
-def _kind_of_distribution(value: Any) -> str:
+def _kind_of_distribution(value: Any) -> str | None:
     if isinstance(value, dict):
-        return "normal" if "normal" in value else "uniform"
+        return next(iter(value)) if len(value) == 1 else None
     if isinstance(value, (Uniform, Normal)):
         return type(value).__name__.lower()
     return "number"
@@ -148,7 +153,9 @@ class Lens(Settings):
         low, high = support(self.q)
         if low <= 0 or high > 1:
             wrong = high if high > 1 else low
-            raise ValueError(f"lens.q is minor/major, so it must lie in (0, 1]; got {wrong}. For a major/minor ratio pass 1/q.")
+            raise ValueError(
+                f"lens.q is minor/major, so it must lie in (0, 1]; got {wrong}. For a major/minor ratio pass 1/q."
+            )
         if support(self.z_lens)[0] <= 0:
             raise ValueError(f"lens.z_lens must be positive; it reaches down to {support(self.z_lens)[0]}.")
         return self
@@ -193,13 +200,15 @@ class Camera(Settings):
     pixel_scale: float = Field(0.1, gt=0)  # [arcsec]
     psf_sigma: float = Field(0.07, ge=0)  # of the Gaussian point-spread function [arcsec]; 0: none
     signal_to_noise: Annotated[float, Field(gt=0)] | None = 300.0  # null: no noise
-    noise_reference: Literal["frame", "peak"] = "frame"  # the signal in signal_to_noise: summed over the frame, or the peak pixel
+    noise_reference: Literal["frame", "peak"] = (
+        "frame"  # the signal in signal_to_noise: summed over the frame, or the peak pixel
+    )
     normalise: bool = True  # scale each image to minimum 0 and maximum 1
     supersampling: int = Field(1, ge=1, le=16)  # rays per pixel and axis
 
     @model_validator(mode="after")
     def _psf_fits_the_frame(self) -> Self:
-        if self.psf_sigma > self.num_pixels * self.pixel_scale:
+        if self.psf_sigma >= self.num_pixels * self.pixel_scale:
             raise ValueError(
                 f"camera.psf_sigma must be smaller than the frame of {self.num_pixels * self.pixel_scale:g} arcsec; "
                 f"got {self.psf_sigma:g} arcsec. It is in arcsec, not in pixels."
@@ -343,8 +352,8 @@ def check_key(settings: type[BaseModel], key: str) -> None:
 
 def _nearest(key: str, known: list[str]) -> str:
     # A forgotten group (num_pixels for camera.num_pixels) is as likely as a slip of the pen.
+    known = [name.removeprefix("simulation.") for name in known]
     names = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1)
-    names = [name.removeprefix("simulation.") for name in names]
     return f"; did you mean {names[0]}?" if names else f"; known are {', '.join(known)}."
 
 
@@ -354,10 +363,16 @@ def explain(error: ValidationError, settings: type[BaseModel]) -> str:
     # The tag of a distribution's kind is no part of its name, and a simulation's settings go without prefix.
     where = ".".join(str(part) for part in first["loc"] if part not in ("number", "uniform", "normal"))
     where = where.removeprefix("simulation.")
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found") or (
+        {"uniform", "normal"} & set(first["loc"]) and first["type"] != "value_error"
+    ):
+        where = re.sub(r"\.\d+$", "", where)
+        return f'{where} takes a number, {{"uniform": [low, high]}} or {{"normal": [mean, sd, low, high]}}.'
     if first["type"] == "extra_forbidden":
         return f"there is no {where}{_nearest(where, keys(settings))}"
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        named = {"uniform", "normal"} & set(first["loc"])  # a distribution does not know whose it is
+        return f"{where}: {first['ctx']['error']}" if named else str(first["ctx"]["error"])
     if first["type"] == "missing":
         return f"{where} is missing."
     return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}; got {json.dumps(first['input'])}."

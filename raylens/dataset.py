@@ -213,8 +213,8 @@ def schema(simulation: Simulation, split: str) -> pa.Schema:
         return pa.field(name, kind, nullable=False, metadata={"unit": unit, "description": meaning})
 
     n = simulation.camera.num_pixels
-    line = pa.list_(pa.field("item", pa.float32(), nullable=False), n)
-    image = pa.list_(pa.field("item", line, nullable=False), n)
+    line = pa.list_(pa.field("element", pa.float32(), nullable=False), n)
+    image = pa.list_(pa.field("element", line, nullable=False), n)
     unit = "1" if simulation.camera.normalise else "central surface brightness of the source"
     fields = [
         field("index", pa.int64(), "1", "row number, from which with seed and split all else follows"),
@@ -222,7 +222,7 @@ def schema(simulation: Simulation, split: str) -> pa.Schema:
         *(field(name, *about) for name, about in TRUTH.items()),
     ]
     if simulation.output.catalogue:
-        values = pa.list_(pa.field("item", pa.float64(), nullable=False))
+        values = pa.list_(pa.field("element", pa.float64(), nullable=False))
         fields += [field(name, values, *about) for name, about in CATALOGUE.items()]
     about = {"simulator_version": SIMULATOR_VERSION, "split": split, "simulation": simulation.as_dict()}
     return pa.schema(fields, metadata={"raylens": json.dumps(about, sort_keys=True)})
@@ -238,7 +238,7 @@ def to_table(columns: dict[str, np.ndarray], simulation: Simulation, split: str)
             n = values.shape[-1]
             lines = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=field.type.value_type)
             arrays.append(pa.FixedSizeListArray.from_arrays(lines, type=field.type))
-            assert len(arrays[-1]) == len(values) and n == field.type.list_size
+            assert arrays[-1].type.list_size == n
         elif field.name in CATALOGUE:
             starts = pa.array(columns["first_subhalo"].astype(np.int32))
             arrays.append(pa.ListArray.from_arrays(starts, pa.array(values), type=field.type))
@@ -268,13 +268,7 @@ def standing_shards(uri: str) -> set[str]:
 
 def write_shard(uri: str, shard: int, table: pa.Table) -> Shard:
     """Write a shard whole or not at all, and return what the manifest is to know of it."""
-    buffer = io.BytesIO()
-    # Noise does not compress. The checksum of each page finds a flipped bit before there is a manifest.
-    pq.write_table(
-        table, buffer, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True,
-        row_group_size=max(len(table), 1),
-    )  # fmt: skip
-    content = buffer.getvalue()
+    content = _parquet(table)
     storage.write(storage.join(uri, shard_name(shard)), content)
     return _describe(shard, len(table), content)
 
@@ -283,7 +277,8 @@ def sound_shard(uri: str, plan: Plan, shard: int, known: Shard | None) -> Shard 
     """Return what the manifest is to know of a shard that stands and is sound; None for any other.
 
     Where the manifest knows it, its checksum decides; else the shard must hold the rows, the
-    columns and the simulation of the plan, and each page its own checksum.
+    columns and the simulation of the plan, each page its own checksum, and the whole be what is
+    written of such a table.
     """
     place = storage.join(uri, shard_name(shard))
     try:
@@ -301,7 +296,11 @@ def sound_shard(uri: str, plan: Plan, shard: int, known: Shard | None) -> Shard 
     except (pa.ArrowException, OSError):
         return None
     fits = table.schema.equals(schema(plan.simulation, plan.split), check_metadata=True)
-    return found if fits and np.array_equal(table["index"].to_numpy(), rows) else None
+    if not fits or not np.array_equal(table["index"].to_numpy(), rows):
+        return None
+    # No checksum covers the headers and the footer, but the same pyarrow writes the same bytes again.
+    changed = plan.versions.get("pyarrow") == pa.__version__ and _parquet(table) != content
+    return None if changed else found
 
 
 def finish(uri: str, plan: Plan, shards: list[Shard], processors: list[str]) -> Dataset:
@@ -327,7 +326,9 @@ def verify(uri: str) -> list[str]:
     if manifest.num_images != plan.num_images or len(manifest.shards) != plan.num_shards:
         wrong.append(f"the manifest counts {manifest.num_images} images, the plan {plan.num_images}")
     if plan.simulation.digest != plan.digest and plan.simulator_version == SIMULATOR_VERSION:
-        wrong.append(f"dataset.json has been changed: its simulation has digest {plan.simulation.digest}, not {plan.digest}")
+        wrong.append(
+            f"dataset.json has been changed: its simulation has digest {plan.simulation.digest}, not {plan.digest}"
+        )
     stray = sorted(standing - {shard.name for shard in manifest.shards})
     wrong += [f"{name} is not in the manifest" for name in stray]
 
@@ -349,10 +350,11 @@ def verify(uri: str) -> list[str]:
 def card(plan: Plan, manifest: Manifest) -> str:
     """Return the dataset card, in Markdown with the front matter that dataset hubs read."""
     columns = "\n".join(
-        f"| `{field.name}` | {field.type} | {field.metadata[b'unit'].decode()} | {field.metadata[b'description'].decode()} |"
+        f"| `{field.name}` | {field.type} | " + " | ".join(text.decode() for text in field.metadata.values()) + " |"
         for field in schema(plan.simulation, plan.split)
     )
-    size = sum(shard.bytes for shard in manifest.shards)
+    megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
+    scale = plan.simulation.camera.pixel_scale
     return f"""---
 license: cc0-1.0
 pretty_name: {plan.recipe} {plan.split} {plan.digest}
@@ -362,15 +364,16 @@ configs:
 ---
 # {plan.recipe}, split {plan.split}, digest {plan.digest}
 
-{plan.num_images:,} simulated strong lenses with subhaloes, in {len(manifest.shards)} Parquet files of {size / 1e6:,.1f} MB together.
+{plan.num_images:,} simulated strong lenses with subhaloes, in {len(manifest.shards)} files ({megabytes:,.1f} MB).
 Made by raylens {plan.versions.get("raylens", "")}, simulator version {plan.simulator_version}.
-Every row is a function of the simulation in `dataset.json`, the split and its `index`; `raylens verify` checks the files.
+Every row is a function of the simulation in `dataset.json`, the split and its `index`.
+`raylens verify` checks the files.
 
 | column | type | unit | meaning |
 |---|---|---|---|
 {columns}
 
-`image[row, column]`: y grows with row and x with column; pixel centres lie at (i - (n - 1) / 2) x {plan.simulation.camera.pixel_scale} arcsec.
+`image[row, column]`: y grows with row and x with column; pixel centres lie at (i - (n - 1) / 2) x {scale} arcsec.
 """
 
 
@@ -379,6 +382,16 @@ def batches(tables: Iterator[pa.Table]) -> Iterator[tuple[np.ndarray, dict[str, 
     for table in tables:
         others = {name: table[name].to_numpy() for name in table.column_names if name != "image"}
         yield images(table), others
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    # Noise does not compress. The checksum of each page finds a flipped bit before there is a manifest.
+    pq.write_table(
+        table, buffer, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True,
+        row_group_size=max(len(table), 1),
+    )  # fmt: skip
+    return buffer.getvalue()
 
 
 def _describe(shard: int, rows: int, content: bytes) -> Shard:

@@ -46,7 +46,8 @@ def _machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = shutil.disk_usage(os.getcwd()).free
     return (
-        f"{len(os.sched_getaffinity(0))} cores, {memory / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB of disk free here, "
+        f"{len(os.sched_getaffinity(0))} cores, {memory / 2**30:.0f} GiB of memory, "
+        f"{free / 2**30:.0f} GiB of disk free here, "
         f"{platform.system()} {platform.machine()}, Python {sys.version.split()[0]}"
     )
 

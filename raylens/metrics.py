@@ -27,7 +27,9 @@ class Sums:
         if np.shape(true) != np.shape(predicted):
             raise ValueError(f"true and predicted must have one shape; got {np.shape(true)} and {np.shape(predicted)}.")
         t, p = np.asarray(true, np.float64), np.asarray(predicted, np.float64)
-        return cls(np.array([t.size, t.sum(), p.sum(), (t * t).sum(), (t * p).sum(), (p - t).sum(), ((p - t) ** 2).sum()]))
+        return cls(
+            np.array([t.size, t.sum(), p.sum(), (t * t).sum(), (t * p).sum(), (p - t).sum(), ((p - t) ** 2).sum()])
+        )
 
     def __add__(self, other: Self) -> Self:
         return type(self)(self.values + other.values)

@@ -168,7 +168,9 @@ def load(run: str, network: NetworkName) -> CNN:
     try:
         model.load_state_dict(safetensors.torch.load(storage.read(place)))
     except (safetensors.SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{place} does not hold the weights that model.json describes: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"{place} does not hold the weights that model.json describes: {str(error).splitlines()[0]}"
+        ) from None
     return model.eval()
 
 

@@ -39,9 +39,9 @@ def reproduce(experiment: Experiment, root: str, *, begin: Begin = lambda stage:
         if simulated.num_made:
             stages.add(stage, asdict(simulated))
 
+    networks: dict[models.NetworkName, Network] = {"n-cnn": experiment.n_cnn, "alpha-cnn": experiment.alpha_cnn}
     runs = {
-        name: _trained(name, network, experiment, root, datasets, stages, begin)
-        for name, network in (("n-cnn", experiment.n_cnn), ("alpha-cnn", experiment.alpha_cnn))
+        name: _trained(name, network, experiment, root, datasets, stages, begin) for name, network in networks.items()
     }
     place = storage.join(root, "results.json")
     results = _standing_results(place, experiment)

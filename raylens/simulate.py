@@ -19,7 +19,7 @@ from raylens.physics.cosmology import distance_ratio
 from raylens.physics.subhalos import mass_quantile, mean_num_subhalos
 
 _SKY, _NOISE = 0, 1  # the two streams of a row
-_NUM_DRAWN_AT_ONCE = 512  # subhaloes; changes the speed, not the draws
+_NUM_DRAWN_AT_ONCE = 512  # subhaloes, then twice as many; changes the speed, not the draws
 
 # Above this many subhaloes in one image a mass function is a mistake, not an experiment.
 MAX_NUM_SUBHALOS = 100_000
@@ -66,7 +66,9 @@ class Draws:
         return np.add.reduceat(values, self.first_subhalo[:-1])
 
 
-def simulate_block(simulation: Simulation, indices: np.ndarray | range | list[int], split: str = "train") -> dict[str, np.ndarray]:
+def simulate_block(
+    simulation: Simulation, indices: np.ndarray | range | list[int], split: str = "train"
+) -> dict[str, np.ndarray]:
     """Return rows of a dataset as columns: index, image and truth, under the names and units of `dataset`.
 
     With `output.catalogue` also the columns subhalos_*, of all rows one after the other, and
@@ -78,7 +80,10 @@ def simulate_block(simulation: Simulation, indices: np.ndarray | range | list[in
         "image": render_block(draws),
         "num_subhalos": draws.num_subhalos.astype(np.int32),
         "alpha": draws.alpha.astype(np.float32),
-        **{name: getattr(draws, name) for name in ("theta_E", "q", "phi", "x", "y", "z_lens", "z_source", "sigma_v", "lens_mass")},
+        **{
+            name: getattr(draws, name)
+            for name in ("theta_E", "q", "phi", "x", "y", "z_lens", "z_source", "sigma_v", "lens_mass")
+        },
         "subhalo_mass": draws.sum_over_subhalos(draws.subhalos_mass),
     }
     if simulation.output.catalogue:
@@ -101,7 +106,8 @@ def require_drawable(simulation: Simulation) -> None:
     )
     if not num_subhalos <= MAX_NUM_SUBHALOS:
         raise ValueError(
-            f"a typical lens would hold about {num_subhalos:.1g} subhaloes, and at most {MAX_NUM_SUBHALOS:,} are sensible; "
+            f"a typical lens would hold about {num_subhalos:.1g} subhaloes, and at most {MAX_NUM_SUBHALOS:,} "
+            "are sensible; "
             f"raise subhalos.mass_min (now {population.mass_min:g} Msun) or lower subhalos.mass_fraction."
         )
 
@@ -245,7 +251,7 @@ def _draw_subhalos(
     drawn = np.empty((0, 3))
     while True:
         # Three numbers a subhalo, in its turn: how many are drawn at once does not matter.
-        drawn = np.concatenate([drawn, sky.random((_NUM_DRAWN_AT_ONCE, 3))])
+        drawn = np.concatenate([drawn, sky.random((max(_NUM_DRAWN_AT_ONCE, len(drawn)), 3))])
         masses = mass_quantile(drawn[:, 0], alpha=alpha, mass_min=mass_min, mass_max=mass_max)
         num = 1 + int(np.searchsorted(np.cumsum(masses), mass_to_reach))
         if num <= len(masses):

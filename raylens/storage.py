@@ -88,7 +88,9 @@ def names(uri: str) -> set[str]:
         file_system, path = _file_system(uri)
         file_system.invalidate_cache()
         try:
-            return {entry.rstrip("/").rsplit("/", 1)[-1] for entry in file_system.ls(path, detail=False)}
+            entries = {entry.rstrip("/") for entry in file_system.ls(path, detail=False)}
+            entries.discard(path.rstrip("/"))  # some S3 servers list the folder itself
+            return {entry.rsplit("/", 1)[-1] for entry in entries}
         except FileNotFoundError:
             return set()
 
@@ -159,11 +161,16 @@ def _explained(uri: str) -> Iterator[None]:
         if is_s3(uri) and kind in ("NoCredentialsError", "PartialCredentialsError"):
             what = "no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         elif is_s3(uri) and kind in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError"):
-            what = f"no S3 server answers at {os.environ.get('AWS_ENDPOINT_URL', 'the AWS endpoint')}; check AWS_ENDPOINT_URL"
+            endpoint = os.environ.get("AWS_ENDPOINT_URL", "the AWS endpoint")
+            what = f"no S3 server answers at {endpoint}; check AWS_ENDPOINT_URL"
         elif is_s3(uri) and isinstance(error, PermissionError):
-            what = "S3 refuses these credentials; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
+            what = (
+                "S3 refuses these credentials; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
+            )
         elif is_s3(uri) and isinstance(error, FileNotFoundError):
             what = "no such bucket or object"
+        elif is_s3(uri) and isinstance(error, ValueError) and "endpoint" in str(error):
+            what = f"AWS_ENDPOINT_URL must look like http://host:port; got {os.environ.get('AWS_ENDPOINT_URL')}"
         elif isinstance(error, OSError):
             what = (error.strerror or str(error)).lower()
         else:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray.data
 import ray.train
 import ray.train.torch
@@ -32,6 +31,8 @@ from raylens import __version__, cluster, dataset, learning, models, storage
 from raylens.config import Network
 from raylens.dataset import Dataset
 from raylens.metrics import Sums
+
+_NUM_READ_AT_ONCE = 4096  # images
 
 Progress = Callable[[dict[str, Any]], None]  # a line of metrics.jsonl
 
@@ -83,7 +84,9 @@ def train(
     if not resume and storage.names(run):
         raise ValueError(f"{run} stands already; go on with --resume, or choose another --to.")
     if network.training.batch_size % num_workers:
-        raise ValueError(f"training.batch_size {network.training.batch_size} is not shared evenly by {num_workers} workers.")
+        raise ValueError(
+            f"training.batch_size {network.training.batch_size} is not shared evenly by {num_workers} workers."
+        )
 
     labels = data_set.read(["index", "num_subhalos", "alpha"])
     held_out = np.zeros(data_set.num_images, bool)
@@ -95,7 +98,15 @@ def train(
     resources = cluster.connect()
     if resources.num_cpus < num_workers + 1:
         raise ValueError(
-            f"{num_workers} workers need {num_workers + 1} CPUs, one of them to read data; the cluster has {resources.num_cpus}."
+            f"{num_workers} workers need {num_workers + 1} CPUs, one of them to read data; "
+            f"the cluster has {resources.num_cpus}."
+        )
+    # A share arrives in parts that are joined: twice its size for a moment.
+    needed = 2 * 4 * data_set.num_pixels**2 * card.num_training_images
+    if needed > resources.memory:
+        raise ValueError(
+            f"{card.num_training_images:,} images need {needed / 2**30:.0f} GiB of memory to train on; the cluster has "
+            f"{resources.memory / 2**30:.0f} GiB. Train on fewer images, or on more nodes."
         )
     use_gpu = resources.num_gpus >= num_workers
     file_system, path = storage.arrow_file_system(run)
@@ -103,7 +114,9 @@ def train(
         _train_worker,
         train_loop_config={"card": card.as_dict(), "run": run},
         datasets=_datasets(data_set, validation_set, held_out),
-        dataset_config=DataConfig(datasets_to_split=["train"]),  # what is measured on is not split, or rows would be lost
+        dataset_config=DataConfig(
+            datasets_to_split=["train"]
+        ),  # what is measured on is not split, or rows would be lost
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
         run_config=RunConfig(
             name="checkpoints",
@@ -119,6 +132,7 @@ def train(
         result = trainer.fit()
 
     history = [json.loads(line) for line in storage.read(storage.join(run, "metrics.jsonl")).splitlines()]
+    assert result.best_checkpoints is not None
     best, metrics = min(result.best_checkpoints, key=lambda pair: pair[1]["validation_loss"])
     kept = next(record for record in history if record["epoch"] == metrics["epoch"])
     with best.as_directory() as folder, open(os.path.join(folder, "model.safetensors"), "rb") as file:
@@ -214,7 +228,7 @@ def _baselines(target: np.ndarray, num_subhalos: np.ndarray) -> models.Baselines
     )
 
 
-def _datasets(data: Dataset, validation: Dataset | None, held_out: np.ndarray) -> dict[str, ray.data.Dataset]:
+def _datasets(data: Dataset, validation: Dataset | None, held_out: np.ndarray) -> dict[str, Any]:
     if validation is not None:
         return {"train": _read(data), "validation": _read(validation)}
 
@@ -265,7 +279,8 @@ def _train_worker(config: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     share = _load(ray.train.get_dataset_shard("train"), card.target, device)
-    validation = _load(ray.train.get_dataset_shard("validation"), card.target, device).take(slice(rank, None, world_size))
+    whole = _load(ray.train.get_dataset_shard("validation"), card.target, device)
+    validation = whole.take(slice(rank, None, world_size))
     # Data holds no core any more, so the workers of this node share them all.
     num_threads = max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
     torch.set_num_threads(num_threads)
@@ -312,7 +327,7 @@ def _train_worker(config: dict[str, Any]) -> None:
 def _load(shard: ray.data.DataIterator, target: str, device: torch.device) -> learning.Block:
     """Return a share of a dataset as tensors on the device."""
     parts = []
-    tables = shard.iter_batches(batch_format="pyarrow", batch_size=None)
+    tables = shard.iter_batches(batch_format="pyarrow", batch_size=_NUM_READ_AT_ONCE)
     for images, others in dataset.batches(iter(tables)):
         columns = (images, others["num_subhalos"], others[target])
         parts.append([torch.as_tensor(np.array(column, np.float32), device=device) for column in columns])

@@ -1,7 +1,7 @@
 """The fast kernel: lenses and subhaloes to the light in each pixel, before noise, in single precision.
 
-One image costs a pixel-subhalo pair for each of about 4,600 rays and 400 subhaloes, and nothing
-else comes near. So the sum over subhaloes is one fused loop without temporaries, four rays at a
+One image costs a pixel-subhalo pair for each of about 4,600 rays and 400 subhaloes, some four
+times all the rest. So the sum over subhaloes is one fused loop without temporaries, four rays at a
 time, which the compiler turns into vector instructions with approximate reciprocal roots (and a
 Newton step). There are no threads: Ray gives the parallelism. The rays cover the frame and a
 border as wide as the point-spread function reaches, so that light beyond the frame blurs into it.
@@ -170,7 +170,7 @@ def _sie_series(q):
     A&A 580, A79, at the isothermal slope. It needs no arc functions and holds at q = 1.
     """
     f = (1.0 - q) / (1.0 + q)
-    num_terms = 1 if f < SERIES_TOLERANCE else 1 + int(math.ceil(math.log(SERIES_TOLERANCE) / math.log(f)))
+    num_terms = 1 if f < SERIES_TOLERANCE else 1 + math.ceil(math.log(SERIES_TOLERANCE) / math.log(f))
     coefficients = np.empty(num_terms, np.float32)
     power = 1.0
     for n in range(num_terms):
@@ -180,7 +180,10 @@ def _sie_series(q):
 
 
 @_compiled
-def _add_sie(columns, y, scale, q, series, cos_phi, sin_phi, lens_x, lens_y, alpha_x, alpha_y, e_x, e_y, square_x, square_y, sum_x, sum_y):
+def _add_sie(
+    columns, y, scale, q, series, cos_phi, sin_phi, lens_x, lens_y,
+    alpha_x, alpha_y, e_x, e_y, square_x, square_y, sum_x, sum_y,
+):  # fmt: skip
     """Add the ellipsoid to a row of deflections; vectorised over the row."""
     _unit_vectors(columns, y, q, cos_phi, sin_phi, lens_x, lens_y, e_x, e_y, square_x, square_y)
     sum_x[:] = np.float32(0)
@@ -190,8 +193,8 @@ def _add_sie(columns, y, scale, q, series, cos_phi, sin_phi, lens_x, lens_y, alp
     _add_rotated(scale * cos_phi, scale * sin_phi, e_x, e_y, sum_x, sum_y, alpha_x, alpha_y)
 
 
-# Each of these loops is a function of its own: only as arguments are its arrays known not to
-# overlap cheaply enough for the compiler to vectorise it, which is worth a tenth of the image.
+# One loop along a row each, over arrays of its own: so the compiler vectorises them, which is worth
+# a tenth of the image.
 @_compiled
 def _unit_vectors(columns, y, q, cos_phi, sin_phi, lens_x, lens_y, e_x, e_y, square_x, square_y):
     """Set e, and its square as a complex number, along a row."""

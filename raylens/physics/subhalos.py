@@ -18,8 +18,8 @@ def mass_quantile(u: np.ndarray, *, alpha: float, mass_min: float, mass_max: flo
     if alpha == -1:
         return mass_min * (mass_max / mass_min) ** u
     power = alpha + 1
-    ratio = (mass_max / mass_min) ** power
-    return mass_min * (1 + u * (ratio - 1)) ** (1 / power)
+    # By way of logarithms, which keep their digits where the power is close to 0.
+    return mass_min * np.exp(np.log1p(u * np.expm1(power * np.log(mass_max / mass_min))) / power)
 
 
 def mean_power(power: int, *, alpha: float, mass_min: float, mass_max: float) -> float:
@@ -38,7 +38,9 @@ def mean_num_subhalos(*, alpha: float, mass_min: float, mass_max: float, mass_to
     return mass_to_reach / mean + mean_square / (2 * mean**2)
 
 
-def solve_mass_limits(mass_to_reach: float, targets: dict[float, float] = PAPER_MEAN_NUM_SUBHALOS) -> tuple[float, float]:
+def solve_mass_limits(
+    mass_to_reach: float, targets: dict[float, float] = PAPER_MEAN_NUM_SUBHALOS
+) -> tuple[float, float]:
     """Return the (mass_min, mass_max) [Msun] at which the mean number is as stated at two slopes.
 
     The paper does not print the limits of its mass function, but it states the mean number of

@@ -1,0 +1,79 @@
+"""How much of the engine's rate `raylens simulate` keeps, end to end into Parquet.
+
+The engine's rate is that of one process on one core; the end-to-end rate is counted once running,
+from the first finished shards to the last. Both are measured in turn, several times, in one run on one machine;
+two engines at once show what the machine itself loses when all its cores work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from statistics import median
+
+from raylens.config import Experiment
+from raylens.simulate import simulate_block
+
+SIMULATION = Experiment().simulation
+BLOCK = 128
+
+
+def engine(seconds: float) -> float:
+    """Return images per second of this process, rendering blocks for some seconds."""
+    simulate_block(SIMULATION, [0])
+    started = time.perf_counter()
+    num_images = 0
+    while time.perf_counter() - started < seconds:
+        simulate_block(SIMULATION, range(num_images, num_images + BLOCK))
+        num_images += BLOCK
+    return num_images / (time.perf_counter() - started)
+
+
+def end_to_end(num_images: int, num_cpus: int) -> float:
+    """Return images per second of `simulate`, from the first finished shards to the last."""
+    from raylens import generate
+
+    finished: list[tuple[float, int]] = []
+    with tempfile.TemporaryDirectory() as root:
+        generate.simulate(
+            SIMULATION,
+            root,
+            recipe="benchmark",
+            num_images=num_images,
+            progress=lambda done, total: finished.append((time.perf_counter(), done)),
+        )
+    # The first shard of each core includes the start of its process.
+    begun, before = finished[num_cpus - 1]
+    # At the end one core waits for the other's last shard: count to the last moment at which all worked.
+    ended, after = finished[-num_cpus]
+    return (after - before) / (ended - begun)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=40 * 1024)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    num_cpus = len(os.sched_getaffinity(0))
+
+    alone, together, whole = [], [], []
+    with ProcessPoolExecutor(num_cpus) as pool:
+        list(pool.map(engine, [0.1] * num_cpus))
+        for _ in range(arguments.repeats):
+            alone.append(pool.submit(engine, 4.0).result())
+            together.append(sum(pool.map(engine, [4.0] * num_cpus)))
+            whole.append(end_to_end(arguments.images, num_cpus))
+    rates = {"engine_one_core": median(alone), "engine_all_cores": median(together), "simulate": median(whole)}
+    share = rates["simulate"] / (num_cpus * rates["engine_one_core"])
+    print(f"engine, one core          {rates['engine_one_core']:8,.0f} images/s")
+    print(f"engines, {num_cpus} cores at once  {rates['engine_all_cores']:8,.0f} images/s")
+    print(f"raylens simulate          {rates['simulate']:8,.0f} images/s   {share:.2f} of {num_cpus} x one core")
+    print(json.dumps({"num_cpus": num_cpus, **rates, "share": share}))
+
+
+if __name__ == "__main__":
+    main()
