@@ -125,6 +125,7 @@ def _evaluate_one(
         },
         "truth": {
             "num_subhalos": _histogram(columns["num_subhalos"]),
+            "alpha": _histogram(columns["alpha"]),
             **{name: _histogram(values) for name, values in data.read(_GEOMETRY).items()},
         },
     }

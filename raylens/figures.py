@@ -31,12 +31,12 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
-    "legend.fontsize": 7.8,
+    "legend.fontsize": 7.5,
     "lines.linewidth": 1.4,
     "svg.fonttype": "path",
     "svg.hashsalt": "raylens",  # the same results, the same bytes
 }
-_WIDTH = 9.2  # inch; shown at 1080 px on a laptop and 180 mm on A4
+WIDTH = 9.2  # inch; shown at 1080 px on a laptop and 180 mm on A4
 
 # What each number of `truth` is called, and the settings that let it vary.
 QUANTITIES = {
@@ -56,7 +56,7 @@ def data_uri(figure: Figure) -> str:
     """Return a figure as SVG in a data URI; what is dense in it is a bitmap inside."""
     with mpl.rc_context(_STYLE):
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", dpi=200, bbox_inches="tight", pad_inches=0.04, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -76,11 +76,11 @@ def distributions(truth: dict[str, Any], simulation: dict[str, Any]) -> Figure:
     names = [*varying, "num_subhalos"]
     num_columns = min(len(names), 4)
     num_rows = math.ceil(len(names) / num_columns)
-    width = _WIDTH if num_columns > 2 else 0.36 * _WIDTH * num_columns
+    width = WIDTH if num_columns > 2 else 0.36 * WIDTH * num_columns
     figure = Figure(figsize=(width, 1.95 * num_rows), layout="constrained")
     for place, name in enumerate(names):
         axes = figure.add_subplot(num_rows, num_columns, place + 1)
-        edges, density = _density(truth[name], sum(truth[name]["counts"]))
+        edges, density = _density(truth[name], sum(truth[name]["counts"]), merge=2)
         axes.stairs(density, edges, fill=True, color=OURS, alpha=0.25)
         axes.stairs(density, edges, color=OURS, linewidth=1)
         axes.set_xlabel(QUANTITIES[name][0] if name in QUANTITIES else r"number of subhaloes $N$")
@@ -106,7 +106,7 @@ def populations(illustration: dict[str, Any], simulation: dict[str, Any]) -> Fig
     shown.sort(key=lambda population: population["alpha"])
     mass_min, mass_max = simulation["subhalos"]["mass_min"], simulation["subhalos"]["mass_max"]
     reach = 1.06 * max(max(map(abs, [*population["x"], *population["y"]]), default=1) for population in shown)
-    figure = Figure(figsize=(_WIDTH, 5.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     panels = figure.subplots(2, len(shown), sharey="row", height_ratios=[1, 1.45], squeeze=False)
     for column, population in enumerate(shown):
         masses, alpha = np.array(population["mass"]), population["alpha"]
@@ -142,7 +142,7 @@ def example(illustration: dict[str, Any]) -> Figure:
     axis = np.linspace(-half, half, 200)
     source = np.exp(-(axis**2 + axis[:, None] ** 2) / (2 * lens["source_sigma"] ** 2))
     density = np.log10(np.maximum(lens["convergence"], 1e-3))
-    figure = Figure(figsize=(_WIDTH, 3.05), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.05), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     extent = (-half, half, -half, half)
     shades = {"origin": "lower", "extent": extent, "interpolation": "none"}
@@ -162,7 +162,7 @@ def example(illustration: dict[str, Any]) -> Figure:
         _frame(axes, half)
         axes.spines[["top", "right"]].set_visible(True)
         axes.set_title(title)
-        figure.colorbar(picture, ax=axes, shrink=0.86, aspect=24, pad=0.02).outline.set_linewidth(0.5)
+        figure.colorbar(picture, ax=axes, shrink=0.74, aspect=22, pad=0.02).outline.set_linewidth(0.5)
     left.set_ylabel("y [arcsec]")
     return figure
 
@@ -173,7 +173,7 @@ def predictions(entries: list[dict[str, Any]], networks: dict[str, tuple[str, in
 
     `networks` has, for each network: its symbol, the digits of its errors, and the paper's measures.
     """
-    figure = Figure(figsize=(_WIDTH, 3.75 * len(networks)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.75 * len(networks)), layout="constrained")
     panels = figure.subplots(len(networks), 2, width_ratios=[1, 1.22], squeeze=False)
     for (scatter, errors), (name, (symbol, digits, paper)) in zip(panels, networks.items(), strict=True):
         varied = [entry for entry in entries if entry["alpha"] is None]
@@ -217,7 +217,9 @@ def _scatter(
             linewidth=2,
             label=f"paper's gradient {paper['gradient']:.3f}",
         )
-    axes.set(xlim=(low, high), ylim=(low, high), xlabel=f"true {symbol}", ylabel=f"predicted {symbol}", aspect="equal")
+    axes.set(
+        xlim=(low, high), ylim=(low, high), xlabel=f"true ${symbol}$", ylabel=f"predicted ${symbol}$", aspect="equal"
+    )
     measured = f"RMSE {ours['rmse']:.{digits}f}" + (f" (paper {printed(paper['rmse'], digits)})" if paper else "")
     box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.5}
     axes.text(
@@ -239,15 +241,15 @@ def _errors(axes: Axes, entries: list[dict[str, Any]], name: str, symbol: str, d
         style: dict[str, Any] = {"linestyle": "--", "linewidth": 1.8} if entry["alpha"] is None else {}
         axes.plot((edges[1:] + edges[:-1]) / 2, density, color=colour, label=label, **style)
     axes.axvline(0, ymax=0.74, color=GREY, linewidth=0.7)
-    axes.set(xlabel=f"error of {symbol}: predicted − true", ylabel="probability density")
+    axes.set(xlabel=f"error of ${symbol}$: predicted − true", ylabel="probability density")
     axes.set_ylim(0, 1.42 * axes.get_ylim()[1])  # room for the legend
-    axes.legend(loc="upper center", ncols=2, columnspacing=1.4, handlelength=1.6)
+    axes.legend(loc="upper center", ncols=2, columnspacing=1.2, handlelength=1.4)
 
 
 @_styled
 def learning_curves(networks: dict[str, dict[str, Any]]) -> Figure:
     """The losses of both networks, epoch by epoch; they are in units of the target's variance."""
-    figure = Figure(figsize=(_WIDTH, 2.7), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
     for axes, (title, card) in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks.items(), strict=True):
         epochs = [record["epoch"] for record in card["history"]]
         marker = "o" if len(epochs) < 30 else ""

@@ -101,8 +101,8 @@ def train(
             f"{num_workers} workers need {num_workers + 1} CPUs, one of them to read data; "
             f"the cluster has {resources.num_cpus}."
         )
-    # A share arrives in parts that are joined: twice its size for a moment.
-    needed = 2 * 4 * data_set.num_pixels**2 * card.num_training_images
+    # A share arrives in parts, which are joined and put in order: three times its size for a moment.
+    needed = 3 * 4 * data_set.num_pixels**2 * card.num_training_images
     if needed > resources.memory:
         raise ValueError(
             f"{card.num_training_images:,} images need {needed / 2**30:.0f} GiB of memory to train on; the cluster has "
@@ -325,13 +325,16 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 
 def _load(shard: ray.data.DataIterator, target: str, device: torch.device) -> learning.Block:
-    """Return a share of a dataset as tensors on the device."""
-    parts = []
+    """Return a share of a dataset as tensors on the device, in the order of its rows."""
+    indices, parts = [], []
     tables = shard.iter_batches(batch_format="pyarrow", batch_size=_NUM_READ_AT_ONCE)
     for images, others in dataset.batches(iter(tables)):
+        indices.append(others["index"])
         columns = (images, others["num_subhalos"], others[target])
         parts.append([torch.as_tensor(np.array(column, np.float32), device=device) for column in columns])
-    return learning.Block(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    share = learning.Block(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    # Blocks arrive in any order, and what an epoch shuffles must not depend on it.
+    return share.take(torch.as_tensor(np.argsort(np.concatenate(indices)), device=device))
 
 
 def _seed_of_epoch(seed: int, epoch: int, rank: int) -> int:

@@ -9,27 +9,16 @@ import safetensors.torch
 
 from raylens import dataset, models, train
 from raylens.config import Model, Network, Simulation, Training
-from raylens.simulate import simulate_block
 
 SIMULATION = Simulation().override({"camera.num_pixels": 12, "camera.pixel_scale": 0.5, "camera.psf_sigma": 0.0})
-NETWORK = Network(model=Model(filters=(4,), kernel_size=3, dense=16), training=Training(num_epochs=2, learning_rate=1e-2))
-
-
-def make_dataset(root, split: str, num_images: int, simulation: Simulation = SIMULATION) -> str:
-    """Make a small dataset without Ray."""
-    uri = dataset.location(str(root), recipe="tiny", split=split, simulation=simulation)
-    plan = dataset.begin(uri, recipe="tiny", split=split, simulation=simulation, num_images=num_images, shard_size=64)
-    shards = []
-    for shard in range(plan.num_shards):
-        rows = simulate_block(simulation, plan.rows(shard), split)
-        shards.append(dataset.write_shard(uri, shard, dataset.to_table(rows, simulation, split)))
-    dataset.finish(uri, plan, shards, ["any"])
-    return uri
+NETWORK = Network(
+    model=Model(filters=(4,), kernel_size=3, dense=16), training=Training(num_epochs=2, learning_rate=1e-2)
+)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"), "train", 150)
+def data(tmp_path_factory, make_dataset) -> str:
+    return make_dataset(tmp_path_factory.mktemp("data"), SIMULATION, num_images=150, shard_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +88,9 @@ def test_more_workers_than_the_cluster_holds_are_refused(data, tmp_path, ray_clu
     assert not list(tmp_path.iterdir())
 
 
-def test_validation_images_of_another_size_are_refused(data, tmp_path):
+def test_validation_images_of_another_size_are_refused(data, tmp_path, make_dataset):
     """A network takes one size."""
-    other = make_dataset(tmp_path, "validation", 20, SIMULATION.override({"camera.num_pixels": 10}))
+    other = make_dataset(tmp_path, SIMULATION.override({"camera.num_pixels": 10}), split="validation")
 
-    with pytest.raises(ValueError, match="images of one size; got 12 pixels .* and 10"):
+    with pytest.raises(ValueError, match=r"images of one size; got 12 pixels .* and 10"):
         train.train("n-cnn", NETWORK, str(tmp_path / "run"), data=data, validation=other, recipe="tiny")

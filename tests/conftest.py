@@ -1,0 +1,186 @@
+"""What the tests share: one local Ray, one real S3 server, the command line, and tiny datasets without Ray.
+
+Ray comes after S3, because its workers have the environment in which it was started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raylens import dataset, storage
+from raylens.config import Simulation
+from raylens.simulate import simulate_block
+
+# What the tests say of CPUs should hold on any machine; Ray, here and in subprocesses, believes this.
+os.environ["RAY_OVERRIDE_RESOURCES"] = json.dumps({"CPU": 2})
+os.environ.pop("RAY_ADDRESS", None)  # the tests join no cluster that happens to run
+
+_WEED = Path(sys.executable).parent / "weed"
+_LISTENERS = ("master", "volume", "filer", "s3", "admin")  # each with one port for HTTP and one for gRPC
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory) -> Iterator[str]:
+    """A bucket on a SeaweedFS of our own, and the AWS_* variables that lead to it."""
+    folder = tmp_path_factory.mktemp("s3")
+    ports = _free_ports([f"{name}.port{kind}" for name in _LISTENERS for kind in ("", ".grpc")])
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3.port']}",
+        "AWS_ACCESS_KEY_ID": "raylens-tests",
+        "AWS_SECRET_ACCESS_KEY": "not-a-secret",
+        "AWS_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    command = [
+        str(_WEED), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-bucket=bucket",
+        "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false",
+        "-s3.autoCreateBucket=false", "-idleTimeout=1", "-volume.preStopSeconds=0", f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock",
+        *(f"-{name}={port}" for name, port in ports.items()),
+    ]  # fmt: skip
+    with open(folder / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as server:
+        try:
+            _wait_for_bucket(server, folder / "log")
+            yield "s3://bucket"
+        finally:
+            server.terminate()
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3) -> Iterator[Any]:
+    """A local Ray of two CPUs, started as the library starts it; its workers reach the S3 server."""
+    import ray
+
+    from raylens import cluster
+
+    yield cluster.connect()
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command line left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The JSON object on the last line."""
+        return json.loads(self.stdout.splitlines()[-1])
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that say what failed."""
+        return [line for line in self.stderr.splitlines() if line.startswith("error:")]
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., Ran]:
+    """`python -m raylens ...` in a process of its own."""
+
+    def run(*arguments: str, timeout: float = 180, **environment: str) -> Ran:
+        done = subprocess.run(
+            [sys.executable, "-m", "raylens", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=os.environ | environment,
+        )
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def main(capsys) -> Callable[..., Ran]:
+    """The command line in this process: what needs no Ray of its own takes milliseconds."""
+    from raylens import cli as command_line
+
+    def run(*arguments: str) -> Ran:
+        capsys.readouterr()
+        status = command_line.main(list(arguments))
+        return Ran(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Simulation:
+    """A simulation whose images cost next to nothing: 8 x 8 pixels, few subhaloes."""
+    return Simulation().override({"camera.num_pixels": 8, "camera.pixel_scale": 0.75, "subhalos.mass_min": 5e9})
+
+
+@pytest.fixture(scope="session")
+def make_dataset() -> Callable[..., str]:
+    """Make a complete dataset without Ray, and return its URI."""
+
+    def make(
+        root: Path | str, simulation: Simulation, num_images: int = 10, shard_size: int = 4, split: str = "train"
+    ) -> str:
+        uri = dataset.location(str(root), recipe="tiny", split=split, simulation=simulation)
+        plan = dataset.begin(
+            uri, recipe="tiny", split=split, simulation=simulation, num_images=num_images, shard_size=shard_size
+        )
+        shards = []
+        for shard in range(plan.num_shards):
+            rows = simulate_block(simulation, plan.rows(shard), split)
+            shards.append(dataset.write_shard(uri, shard, dataset.to_table(rows, simulation, split)))
+        dataset.finish(uri, plan, shards, ["any"])
+        return uri
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """A disk on which no file can grow beyond some bytes, while the body runs."""
+
+    @contextmanager
+    def limit(num_bytes: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
+
+
+def _free_ports(names: list[str]) -> dict[str, int]:
+    """Return a free port of loopback for each name, no two the same."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in names]
+    ports = {name: held.getsockname()[1] for name, held in zip(names, sockets, strict=True)}
+    for held in sockets:
+        held.close()
+    return ports
+
+
+def _wait_for_bucket(server: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            if storage.exists("s3://bucket"):
+                return
+        except storage.StorageError:
+            pass  # not yet
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
+        time.sleep(0.1)

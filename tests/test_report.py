@@ -1,0 +1,252 @@
+"""The page of a report: whether what it says is what results.json and the paper say, and what it may hold.
+
+`results_example.json` is a run of `raylens evaluate` on the recipe smoke, with fewer bins and subhaloes.
+"""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from raylens import figures, recipes
+from raylens.report import report
+
+EXAMPLE = json.loads(Path(__file__).with_name("results_example.json").read_text())
+PAPER = json.loads((Path(figures.__file__).parent / "paper_tables.json").read_text())["tables"]
+ROWS = [-1.6, -1.8, -2.0, -2.2, -2.4, None]
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Leave out the pixels of the figures, which take seconds, unless a test is about them."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(figures, "data_uri", lambda figure: "data:image/svg+xml;base64,")
+
+
+@pytest.fixture
+def drawn():
+    """Asked for by a test that is about the figures."""
+
+
+def example(simulation=None, **changes):
+    """The example, as if it were of another simulation or had other things at its top."""
+    results = copy.deepcopy(EXAMPLE)
+    return results | ({"simulation": simulation.as_dict()} if simulation else {}) | changes
+
+
+class Page(HTMLParser):
+    """The tables of a page: under each caption, rows of cells, a cell being its text and its `data` value."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tables, self.tags, self.loaded, self.alts = {}, [], [], []
+        self._caption, self._inside = "", []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.tags.append(tag)
+        self.loaded += [values[name] for name in ("src", "href", "srcset", "data", "action") if name in values]
+        if tag == "img":
+            self.alts.append(values.get("alt"))
+        if tag == "table":
+            self._caption, self._rows = "", []
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._rows[-1].append(["", None])
+        elif tag == "data" and self._inside and self._inside[-1] in ("td", "th"):
+            self._rows[-1][-1][1] = float(values["value"])
+        if tag in ("caption", "td", "th"):
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag):
+        if self._inside and self._inside[-1] == tag:
+            self._inside.pop()
+        if tag == "table" and self._caption:
+            self.tables[self._caption] = [row for row in self._rows if any(value is not None for _, value in row)]
+
+    def handle_data(self, text):
+        if self._inside and self._inside[-1] == "caption":
+            self._caption += text
+        elif self._inside:
+            self._rows[-1][-1][0] += text.strip()  # figure spaces too
+
+    def table(self, title):
+        return next(rows for caption, rows in self.tables.items() if caption.startswith(title))
+
+
+def shown(cell):
+    """The number that a person reads in a cell."""
+    text = cell[0].replace("−", "-").replace(",", "")
+    return None if text == "–" else float(text)
+
+
+TITLES = {"n_cnn": "N‑CNN", "alpha_cnn": "α‑CNN, given the predicted N", "alpha_cnn_true_n": "α‑CNN, given the true N"}
+CASES = [
+    (recipes.paper_fixed, "table_1", "Figure 5", None),
+    (recipes.paper_fixed_coarse, "table_2", "Figure 6", None),
+    (recipes.paper_varied, "table_3", "Figure 7", "table_4"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "key", "figure", "key_true_n"), CASES)
+def test_tables_hold_the_results_the_papers_numbers_and_their_ratio(recipe, key, figure, key_true_n):
+    """A number that changes between the file and the page, or beside the wrong table, is worse than none."""
+    results = example(recipe().simulation)
+    keys = {"n_cnn": key, "alpha_cnn": key, "alpha_cnn_true_n": key_true_n}
+    page = report([results])
+    tables = Page(page)
+
+    assert f"<b>{figure}.</b>" in page
+    assert ("<b>Figure 8.</b>" in page) == (key_true_n is not None)
+    for name, title in TITLES.items():
+        rows = tables.table(title)
+        assert [row[0][0] for row in rows] == ["−1.6", "−1.8", "−2.0", "−2.2", "−2.4", "Varied"]
+        for row, alpha in zip(rows, ROWS, strict=True):
+            entry = next(entry for entry in results["datasets"] if entry["alpha"] == alpha)
+            assert shown(row[1]) == entry["num_images"]
+            cells = iter(row[2:])
+            for measure in ("gradient", "sigma", "rmse"):
+                ours = next(cells)
+                assert ours[1] == entry[name][measure]
+                if ours[1] is not None:
+                    last_digit = 0.1 if name == "n_cnn" and measure != "gradient" else 0.001
+                    assert shown(ours) == pytest.approx(ours[1], abs=0.501 * last_digit)
+                if keys[name]:
+                    theirs, ratio = next(cells), next(cells)
+                    papers = next(row for row in PAPER[keys[name]]["rows"] if row["alpha"] == (alpha or "varied"))
+                    number = papers["alpha_cnn" if name == "alpha_cnn_true_n" else name][measure]
+                    assert theirs[1] == shown(theirs) == number
+                    assert ratio[1] == (None if number is None else pytest.approx(ours[1] / number))
+            assert next(cells)[1] == entry[name]["bias"]
+            baselines = ("n_constant",) if name == "n_cnn" else ("alpha_constant", "alpha_from_true_n")
+            assert [cell[1] for cell in cells] == [entry["baselines"][key]["rmse"] for key in baselines]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"camera.num_pixels": 48}, {"camera.pixel_scale": 0.2}, {"lens.q": {"uniform": [0.5, 0.9]}}],
+    ids=["pixels", "scale", "only q varies"],
+)
+def test_results_that_no_table_fits_stand_alone(changes):
+    """A ratio to another experiment's number would look like a result."""
+    page = report([example(recipes.paper_fixed().override(changes).simulation)])
+
+    assert "No table of the paper has this geometry and these pixels" in page
+    assert "As figure 5" in page
+    assert ">ratio<" not in page
+
+
+def test_test_set_of_another_simulation_has_no_numbers_of_the_paper():
+    """`raylens evaluate` takes any datasets; only those like the first are the paper's experiment."""
+    results = example()
+    results["datasets"][0]["digest"] = "0badc0de"
+
+    varied = Page(report([results])).table("N‑CNN")[-1]
+
+    assert varied[0][0] == "Varied (simulation 0badc0de)"
+    assert shown(varied[3]) is None
+
+
+def test_page_says_in_what_it_is_not_the_papers_experiment():
+    """A fifth of the images and one epoch in a hundred are a difference that a ratio does not show."""
+    page = report([example()])
+
+    assert "<code>num_images.train</code> 20,000 (paper 100,000)" in page
+    assert page.count("<code>training.batch_size</code> 32 (paper 16)") == 1
+    assert "<code>subhalos" not in page.split("<h3>Results</h3>")[0]
+
+
+def test_page_is_self_contained(drawn):
+    """It is mailed, archived and printed; it must look the same in ten years, and tell nobody that it was read."""
+    page = report([example(), example(recipes.paper_varied().simulation)])
+    parsed = Page(page)
+
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(parsed.tags)
+    assert not re.search(r"https?:|@import|url\(", page)
+    assert all(address.startswith(("#", "data:image/svg+xml;base64,")) for address in parsed.loaded)
+    assert len(parsed.alts) == 2 * 6
+    assert all(parsed.alts)
+    assert len(page) < 3_000_000
+
+
+def test_text_from_files_is_escaped():
+    """A results.json may come from a stranger, and the page is opened in a browser."""
+    hostile = "<script>alert('&\"')</script>"
+    results = example(recipe=hostile, digest=hostile, versions={hostile: hostile}, machine={"processor": hostile})
+    results["stages"] = [{"stage": hostile, "seconds": 1.0}]
+    results["experiment"] = {"name": hostile}
+    for card in (results["n_cnn"], results["alpha_cnn"]):
+        card |= {"run": hostile, "device": hostile, "dataset_digest": hostile, "epoch": hostile}
+        card["training"]["optimizer"] = hostile
+    for entry in results["datasets"]:
+        entry |= {"split": hostile, "dataset": hostile, "digest": hostile}
+    results["simulation"]["engine"] = hostile
+    results["simulation"][hostile] = hostile
+    results["n_cnn"]["history"] = []  # its curve would be drawn at an epoch
+
+    page = report([results, results])
+
+    assert "script" not in Page(page).tags
+    assert page.count("&lt;script&gt;alert(&#x27;&amp;&quot;&#x27;)&lt;/script&gt;") > 20
+
+
+@pytest.mark.parametrize(
+    ("results", "lacking"),
+    [
+        ([], "recipe"),
+        ({"trials": []}, "recipe"),
+        ({name: value for name, value in EXAMPLE.items() if name != "simulation"}, "simulation.camera.num_pixels"),
+        (EXAMPLE | {"datasets": []}, "datasets"),
+        (EXAMPLE | {"datasets": [{"split": "test"}]}, "alpha"),
+    ],
+)
+def test_what_is_no_results_file_is_refused_in_one_line(results, lacking):
+    """`raylens report campaign.json` is an easy slip."""
+    with pytest.raises(ValueError, match=r"^this is not a results.json of `raylens evaluate`: .*\.$") as refusal:
+        report([results])
+
+    assert lacking in str(refusal.value)
+
+
+def test_what_is_optional_may_be_absent_and_is_told_when_there():
+    """`raylens evaluate` alone knows no stages and no machine, and a dataset may hold no illustration."""
+    machine = {"num_nodes": 1, "num_cpus": 2, "num_gpus": 0, "processor": "AMD EPYC 7B13"}
+    stages = [{"stage": "simulate train", "seconds": 7500.0, "cpu_seconds": 90.0, "images_per_second": 1234.5}]
+
+    without = report([example(illustration=None)])
+    told = report([example(stages=stages, machine=machine)])
+
+    assert "Machine" not in without
+    assert "figures 2 and 3 are not drawn" in without
+    assert "Machine: 1 node, 2 CPU cores, 0 GPUs, AMD EPYC 7B13." in told
+    assert "<td>2 h 05 min</td><td>90.0 s</td><td>1,234</td>" in told
+
+
+def test_several_results_begin_with_an_overview():
+    """That one page may hold the whole paper: a row for each experiment, beside its own table's numbers."""
+    several = [example(recipes.paper_fixed().simulation), example(recipes.paper_varied().simulation)]
+
+    rows = Page(report(several)).table("At a glance")
+
+    assert [[cell[1] for cell in row[2::2]] for row in rows] == [[0.993, 49.0, 0.658, 0.294], [0.383, 155, 0.123, 0.38]]
+
+
+def test_same_results_make_the_same_page(drawn):
+    """So that a report can be compared with an older one, and a rerun changes nothing."""
+    assert report([example()]) == report([example()])
+
+
+def test_a_report_needs_neither_ray_nor_physics():
+    """It is made wherever a results.json is read, and starts no cluster."""
+    command = "import sys, raylens.report; print([m for m in sys.modules if m == 'ray' or m.startswith('raylens.p')])"
+
+    loaded = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
+
+    assert loaded.strip() == "['raylens.paper']"

@@ -1,0 +1,79 @@
+"""The main job on real components, small: every stage, its output, and that nothing is done twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raylens import storage
+from raylens.recipes import smoke
+
+TINY = (
+    smoke()
+    .override(
+        {
+            "name": "tiny",
+            "camera.num_pixels": 16,
+            "camera.pixel_scale": 0.4,
+            "model.filters": [4],
+            "model.dense": 16,
+            "training.num_epochs": 2,
+            "num_images.train": 200,
+            "num_images.validation": 40,
+            "num_images.test": 80,
+            "num_images.test_alpha": 20,
+        }
+    )
+    .as_dict()
+)
+METRICS = {"n_gradient", "n_rmse", "alpha_gradient", "alpha_rmse"}
+
+
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    return str(tmp_path / "tiny.json")
+
+
+def test_main_job_makes_everything_and_a_second_run_nothing(cli, recipe, tmp_path):
+    """One command does all of it; submitting it again is how one goes on."""
+    root = tmp_path / "root"
+    first = cli("reproduce", recipe, "--to", str(root))
+    made = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.suffix in (".parquet", ".safetensors")}
+
+    second = cli("reproduce", recipe, "--to", str(root))
+
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    facts = first.facts
+    assert facts["metrics"] == second.facts["metrics"]
+    assert set(facts["metrics"]) == METRICS
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert Path(facts["report"]).read_text().startswith("<!DOCTYPE html>")
+    results = json.loads(Path(facts["results"]).read_text())
+    assert [entry["alpha"] for entry in results["datasets"]] == [None, -1.6, -1.8, -2.0, -2.2, -2.4]
+    assert {stage["stage"] for stage in results["stages"]} >= {"simulate train", "train n-cnn", "train alpha-cnn"}
+
+
+def test_main_job_runs_on_object_storage(cli, s3, recipe):
+    """Datasets, runs with their checkpoints and TensorBoard, results and report: all of it on S3."""
+    root = f"{s3}/experiments"
+
+    done = cli("reproduce", recipe, "--to", root)
+
+    assert done.returncode == 0, done.stderr
+    run = done.facts["runs"]["n-cnn"]
+    assert {"model.json", "model.safetensors", "metrics.jsonl", "tensorboard", "checkpoints"} <= storage.names(run)
+    assert storage.names(f"{run}/tensorboard")
+    assert json.loads(storage.read(done.facts["results"]))["recipe"] == "tiny"
+
+
+@pytest.mark.slow
+def test_smoke_keeps_its_promises(cli, tmp_path):
+    """The recipe that everyone runs first must learn what trial code learnt: docs/paper.md."""
+    done = cli("reproduce", "smoke", "--to", str(tmp_path / "root"), timeout=1800)
+
+    assert done.returncode == 0, done.stderr
+    metrics = done.facts["metrics"]
+    assert metrics["n_gradient"] >= 0.9
+    assert metrics["n_rmse"] <= 35
+    assert metrics["alpha_rmse"] <= 0.14
