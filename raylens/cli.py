@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -40,10 +42,12 @@ Data = Annotated[str, typer.Option("--data", help="the dataset to train on", sho
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit status."""
     words = sys.argv[1:] if arguments is None else arguments
-    _Talk.quiet, _Talk.debug = "--quiet" in words, "--debug" in words
+    _Talk.quiet, _Talk.debug, _Talk.out = "--quiet" in words, "--debug" in words, sys.stdout
     logging.basicConfig(level=logging.DEBUG if _Talk.debug else logging.WARNING, format="%(name)s: %(message)s")
     try:
-        status = app([word for word in words if word not in ("--quiet", "--debug")], standalone_mode=False)
+        # Ray prints warnings of its own, at any time; standard output is for ours.
+        with nullcontext() if "--help" in words else redirect_stdout(sys.stderr):
+            status = app([word for word in words if word not in ("--quiet", "--debug")], standalone_mode=False)
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; run the same command again to go on.")
@@ -78,7 +82,7 @@ def show(recipe: Recipe, settings: Set = None) -> None:
     experiment = recipes.load(recipe).override(_changes(settings))
     values = {**experiment.as_dict(), "digest": experiment.simulation.digest}
     # For people over many lines; for files and pipes on one, which is also the last.
-    print(json.dumps(values, indent=2 if sys.stdout.isatty() else None))
+    print(json.dumps(values, indent=2 if _Talk.out.isatty() else None), file=_Talk.out)
 
 
 @app.command()
@@ -105,6 +109,9 @@ def simulate(
     num_images = num_images or experiment.num_images.of(split)
     uri = dataset.location(to, recipe=experiment.name, split=split, simulation=simulation)
     if dry_run:
+        if storage.exists(storage.join(uri, "dataset.json")):
+            plan = dataset.read_plan(uri)
+            num_images, shard_size = max(num_images, plan.num_images), shard_size or plan.shard_size
         num_shards = -(-num_images // (shard_size or dataset.SHARD_SIZE))
         standing = len(dataset.standing_shards(uri))
         num_bytes = num_images * (4 * simulation.camera.num_pixels**2 + 400)
@@ -217,7 +224,7 @@ def evaluate(
     from raylens import evaluate as evaluation
 
     results = evaluation.evaluate(
-        data, n_cnn=n_cnn, alpha_cnn=alpha_cnn, true_n=true_n, progress=_Meter("evaluate", "datasets")
+        data, n_cnn=n_cnn, alpha_cnn=alpha_cnn, true_n=true_n, progress=_Meter("evaluate", "images")
     )
     storage.write(to, json.dumps(results) + "\n")
     num_images = sum(entry["num_images"] for entry in results["datasets"])
@@ -255,7 +262,7 @@ def reproduce(recipe: Recipe, to: To) -> None:
         if stage.startswith("train"):
             network = experiment.n_cnn if stage.endswith(" n-cnn") else experiment.alpha_cnn
             return _Epochs(stage.removeprefix("train "), network.training.num_epochs)
-        return _Meter(stage, "datasets" if stage == "evaluate" else "images")
+        return _Meter(stage, "images")
 
     facts = reproduction.reproduce(experiment, to, begin=begin)
     for name, value in facts["metrics"].items():
@@ -278,10 +285,11 @@ def doctor() -> int:
 
 
 class _Talk:
-    """How much is said."""
+    """How much is said, and where."""
 
     quiet = False
     debug = False
+    out: TextIO = sys.stdout
 
 
 class _Meter:
@@ -342,11 +350,11 @@ def _duration(seconds: float) -> str:
 
 def _say(line: str) -> None:
     if not _Talk.quiet:
-        print(line)
+        print(line, file=_Talk.out)
 
 
 def _finish(**facts: Any) -> None:
-    print(json.dumps(facts), flush=True)
+    print(json.dumps(facts), file=_Talk.out, flush=True)
 
 
 def _fail(message: str, status: int = 1) -> int:
@@ -370,5 +378,10 @@ def _explanation(error: BaseException) -> str:
     for link in chain:
         if isinstance(link, (ValueError, OSError, MemoryError)) and str(link) and not hasattr(link, "worker_failures"):
             return " ".join(str(link).split())
+    # Of what fails in a task of Ray Data only the text arrives, with the traceback.
+    kinds = r"raylens\.storage\.StorageError|ValueError|MemoryError|OSError"
+    told = re.search(rf"^(?:{kinds}): (.+)$", str(error), re.MULTILINE)
+    if told:
+        return told[1]
     first = str(chain[-1]).strip().splitlines()
     return f"{type(chain[-1]).__name__}: {first[0] if first else 'no message'} (--debug shows where)"

@@ -125,13 +125,8 @@ class Dataset:
 
     def read(self, columns: list[str]) -> dict[str, np.ndarray]:
         """Return columns of numbers of the whole dataset, without its images, in the order of the rows."""
-
-        def read_shard(uri: str) -> pa.Table:
-            file_system, path = storage.arrow_file_system(uri)
-            return pq.read_table(path, columns=columns, filesystem=file_system)
-
         with ThreadPoolExecutor(8) as pool:
-            table = pa.concat_tables(pool.map(read_shard, self.shard_uris))
+            table = pa.concat_tables(pool.map(lambda uri: read_shard(uri, columns), self.shard_uris))
         return {name: table[name].to_numpy() for name in columns}
 
 
@@ -271,6 +266,12 @@ def write_shard(uri: str, shard: int, table: pa.Table) -> Shard:
     content = _parquet(table)
     storage.write(storage.join(uri, shard_name(shard)), content)
     return _describe(shard, len(table), content)
+
+
+def read_shard(uri: str, columns: list[str]) -> pa.Table:
+    """Return columns of a shard; an OSError if a page of them is not what its checksum says."""
+    file_system, path = storage.arrow_file_system(uri)
+    return pq.read_table(path, columns=columns, filesystem=file_system, page_checksum_verification=True)
 
 
 def sound_shard(uri: str, plan: Plan, shard: int, known: Shard | None) -> Shard | None:

@@ -8,8 +8,6 @@ kept as histograms, so that a report needs neither images nor predictions.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,8 +33,6 @@ _BASELINES = ("n_constant", "alpha_constant", "alpha_from_true_n")
 # The lens parameters of figure 1.
 _GEOMETRY = ["theta_E", "q", "phi", "x", "y", "z_source"]
 
-Progress = Callable[[int, int], None]  # datasets done, datasets in all
-
 
 def evaluate(
     datasets: list[str],
@@ -44,7 +40,7 @@ def evaluate(
     n_cnn: str,
     alpha_cnn: str,
     true_n: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: predict.Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Return the results of two trained networks on some datasets, ready for JSON.
 
@@ -64,10 +60,11 @@ def evaluate(
                     f"the {card.network} in {run} takes images of {card.num_pixels} x {card.num_pixels} pixels; "
                     f"those of {data.uri} have {data.num_pixels} x {data.num_pixels}."
                 )
-    entries = []
-    for num_done, data in enumerate(test_sets):
-        entries.append(_evaluate_one(data, n_card, alpha_card, n_cnn, alpha_cnn, true_n))
-        progress(num_done + 1, len(test_sets))
+    predictions = predict.predict(test_sets, n_cnn=n_cnn, alpha_cnn=alpha_cnn, progress=progress)
+    entries = [
+        _evaluate_one(data, columns, n_card, alpha_card, true_n)
+        for data, columns in zip(test_sets, predictions, strict=True)
+    ]
     illustration = storage.join(test_sets[0].uri, "illustration.json")
     return {
         "recipe": n_card.recipe,
@@ -93,11 +90,8 @@ def headline(results: dict[str, Any]) -> dict[str, float]:
 
 
 def _evaluate_one(
-    data: Dataset, n_card: models.Card, alpha_card: models.Card, n_cnn: str, alpha_cnn: str, true_n: bool
+    data: Dataset, columns: dict[str, np.ndarray], n_card: models.Card, alpha_card: models.Card, true_n: bool
 ) -> dict[str, Any]:
-    started = time.perf_counter()
-    columns = predict.predict(data, n_cnn=n_cnn, alpha_cnn=alpha_cnn)
-    seconds = time.perf_counter() - started
     knots = alpha_card.baselines.num_subhalos, alpha_card.baselines.target_of_num_subhalos
     columns |= {
         "n_constant": np.full(data.num_images, n_card.baselines.constant),
@@ -116,8 +110,6 @@ def _evaluate_one(
         "split": split,
         "alpha": held,  # None: varied
         "num_images": data.num_images,
-        "seconds": seconds,
-        "images_per_second": data.num_images / seconds,
         **{name: values for name, values in measured.items() if name not in _BASELINES},
         "baselines": {name: measured[name] for name in _BASELINES},
         "figures": {

@@ -1,7 +1,8 @@
-"""Many images to predictions, with Ray Data: a batch of rows in, the same rows with predictions out."""
+"""Many images to predictions, with Ray Data: a task reads a shard itself and returns its predictions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -9,32 +10,44 @@ import pyarrow as pa
 import ray.data
 import torch
 
-from raylens import cluster, dataset, learning, models, storage
+from raylens import cluster, dataset, learning, models
 from raylens.dataset import Dataset
+
+Progress = Callable[[int, int], None]  # images done, images in all
+
+_NUM_READ_AT_ONCE = 1024  # images
 
 # What an evaluation wants to know of a row beside its predictions.
 _TRUTH = ["num_subhalos", "alpha"]
 
 
-def predict(data: Dataset, *, n_cnn: str, alpha_cnn: str) -> dict[str, np.ndarray]:
-    """Return truth and predictions of a dataset as columns, in the order of its rows.
+def predict(
+    datasets: list[Dataset], *, n_cnn: str, alpha_cnn: str, progress: Progress = lambda done, total: None
+) -> list[dict[str, np.ndarray]]:
+    """Return truth and predictions of each dataset as columns, in the order of its rows.
 
     num_subhalos, alpha; n_cnn, alpha_cnn (given the N that the N-CNN predicts) and
     alpha_cnn_true_n (given the true N).
     """
     cluster.connect()
-    file_system, _ = storage.arrow_file_system(data.uri)
-    paths = [storage.arrow_file_system(uri)[1] for uri in data.shard_uris]
-    rows = ray.data.read_parquet(paths, filesystem=file_system, columns=["index", "image", *_TRUTH])
 
-    def predicted(table: pa.Table) -> pa.Table:
-        return _predict_rows(table, n_cnn, alpha_cnn)
+    shards = [(number, uri) for number, data in enumerate(datasets) for uri in data.shard_uris]
 
-    tables = list(rows.map_batches(predicted, batch_format="pyarrow", batch_size=None).iter_batches(
-        batch_format="pyarrow", batch_size=None
-    ))  # fmt: skip
+    def predicted(batch: dict[str, np.ndarray]) -> pa.Table:
+        number, uri = shards[int(batch["id"][0])]
+        table = _predict_rows(dataset.read_shard(uri, ["index", "image", *_TRUTH]), n_cnn, alpha_cnn)
+        return table.append_column("dataset", pa.array([number] * len(table)))
+
+    num_images = sum(data.num_images for data in datasets)
+    rows = ray.data.range(len(shards), override_num_blocks=len(shards)).map_batches(predicted, batch_size=1)
+    tables: list[pa.Table] = []
+    for table in rows.iter_batches(batch_format="pyarrow", batch_size=_NUM_READ_AT_ONCE):
+        tables.append(table)
+        progress(sum(map(len, tables)), num_images)
     table = pa.concat_tables(tables).sort_by("index")
-    return {name: table[name].to_numpy() for name in table.column_names}
+    names = [name for name in table.column_names if name != "dataset"]
+    number = table["dataset"].to_numpy()
+    return [{name: table[name].to_numpy()[number == k] for name in names} for k in range(len(datasets))]
 
 
 def _predict_rows(table: pa.Table, n_cnn: str, alpha_cnn: str) -> pa.Table:

@@ -230,21 +230,19 @@ def _baselines(target: np.ndarray, num_subhalos: np.ndarray) -> models.Baselines
 
 def _datasets(data: Dataset, validation: Dataset | None, held_out: np.ndarray) -> dict[str, Any]:
     if validation is not None:
-        return {"train": _read(data), "validation": _read(validation)}
-
-    def only(kept: np.ndarray) -> ray.data.Dataset:
-        def choose(table: pa.Table) -> pa.Table:
-            return table.filter(pa.array(kept[table["index"].to_numpy()]))
-
-        return _read(data).map_batches(choose, batch_format="pyarrow", batch_size=None)
-
-    return {"train": only(~held_out), "validation": only(held_out)}
+        return {"train": _rows(data, ~held_out), "validation": _rows(validation, np.ones(validation.num_images, bool))}
+    return {"train": _rows(data, ~held_out), "validation": _rows(data, held_out)}
 
 
-def _read(data: Dataset) -> ray.data.Dataset:
-    file_system, _ = storage.arrow_file_system(data.uri)
-    paths = [storage.arrow_file_system(uri)[1] for uri in data.shard_uris]
-    return ray.data.read_parquet(paths, filesystem=file_system, columns=["index", "image", "num_subhalos", "alpha"])
+def _rows(data: Dataset, kept: np.ndarray) -> ray.data.Dataset:
+    """Return some rows of a dataset; a task reads a shard itself."""
+    shard_uris = data.shard_uris
+
+    def read(batch: dict[str, np.ndarray]) -> pa.Table:
+        table = dataset.read_shard(shard_uris[int(batch["id"][0])], ["index", "image", "num_subhalos", "alpha"])
+        return table.filter(pa.array(kept[table["index"].to_numpy()]))
+
+    return ray.data.range(len(shard_uris), override_num_blocks=len(shard_uris)).map_batches(read, batch_size=1)
 
 
 @contextmanager

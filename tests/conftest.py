@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 
 from raylens import dataset, storage
 from raylens.config import Simulation
@@ -48,7 +49,8 @@ def s3(tmp_path_factory) -> Iterator[str]:
     command = [
         str(_WEED), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-bucket=bucket",
         "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false",
-        "-s3.autoCreateBucket=false", "-idleTimeout=1", "-volume.preStopSeconds=0", f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock",
+        "-s3.autoCreateBucket=false", "-idleTimeout=1", "-volume.preStopSeconds=0",
+        f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock",
         *(f"-{name}={port}" for name, port in ports.items()),
     ]  # fmt: skip
     with open(folder / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as server:
@@ -59,6 +61,29 @@ def s3(tmp_path_factory) -> Iterator[str]:
             server.terminate()
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture
+def surroundings(s3, monkeypatch, tmp_path_factory) -> Iterator[Callable[..., None]]:
+    """Another S3, or other credentials, for one test; file systems remember theirs, so they are forgotten."""
+    nowhere = str(tmp_path_factory.mktemp("no-credentials") / "file")
+    monkeypatch.setenv("AWS_CONFIG_FILE", nowhere)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", nowhere)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+    def change(**variables: str | None) -> None:
+        for name, value in variables.items():
+            monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+
+    yield change
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def dead_endpoint() -> str:
+    """Where nobody listens."""
+    return f"http://127.0.0.1:{_free_ports(['s3'])['s3']}"
 
 
 @pytest.fixture(scope="session")

@@ -117,7 +117,7 @@ sys.modules["ray"] = None  # every import of it fails from here on
 import torch
 from raylens import config, dataset, learning, metrics, models, simulate, storage
 
-simulation = config.Simulation().override({"camera.num_pixels": 8, "camera.pixel_scale": 0.75, "subhalos.mass_min": 5e9})
+simulation = config.Simulation().override({"camera.num_pixels": 8, "subhalos.mass_min": 5e9})
 rows = simulate.simulate_block(simulation, range(4))
 image_BHW = torch.from_numpy(dataset.images(dataset.to_table(rows, simulation, "train")).copy())
 scaling = models.Scaling(mean=0.0, sd=1.0)

@@ -46,9 +46,10 @@ def sound(uri: str, shard: int, with_manifest: bool) -> bool:
 
 
 UNITS = {
-    "index": "1", "image": "1", "num_subhalos": "1", "alpha": "1", "theta_E": "arcsec", "q": "1", "phi": "rad", "x": "arcsec",
-    "y": "arcsec", "z_lens": "1", "z_source": "1", "sigma_v": "km/s", "lens_mass": "Msun", "subhalo_mass": "Msun",
-    "subhalos_x": "arcsec", "subhalos_y": "arcsec", "subhalos_mass": "Msun", "subhalos_theta_E": "arcsec",
+    "index": "1", "image": "1", "num_subhalos": "1", "alpha": "1", "theta_E": "arcsec", "q": "1", "phi": "rad",
+    "x": "arcsec", "y": "arcsec", "z_lens": "1", "z_source": "1", "sigma_v": "km/s", "lens_mass": "Msun",
+    "subhalo_mass": "Msun", "subhalos_x": "arcsec", "subhalos_y": "arcsec", "subhalos_mass": "Msun",
+    "subhalos_theta_E": "arcsec",
 }  # fmt: skip
 
 
@@ -64,9 +65,7 @@ def test_columns_have_the_types_of_the_contract(complete):
     schema = pq.read_schema(shard_path(complete, 0))
     kinds = {field.name: str(field.type) for field in schema}
 
-    assert kinds.pop("image") == (
-        "fixed_size_list<element: fixed_size_list<element: float not null>[8] not null>[8]"
-    )
+    assert kinds.pop("image") == ("fixed_size_list<element: fixed_size_list<element: float not null>[8] not null>[8]")
     assert {kinds.pop(name) for name in dataset.CATALOGUE} == {"list<element: double not null>"}
     assert [kinds.pop(name) for name in ("index", "num_subhalos", "alpha")] == ["int64", "int32", "float"]
     assert set(kinds.values()) == {"double"}
@@ -115,7 +114,9 @@ def test_others_read_a_shard_and_see_the_shape_of_its_images(complete, simulatio
 
 def test_duckdb_answers_questions_about_a_whole_dataset(complete):
     """The shards are one table to whoever reads part-*.parquet, as the dataset card says."""
-    counted = duckdb.sql(f"SELECT count(*), min(index), max(index), sum(len(subhalos_x) - num_subhalos) FROM '{complete}/*.parquet'")
+    counted = duckdb.sql(
+        f"SELECT count(*), min(index), max(index), sum(len(subhalos_x) - num_subhalos) FROM '{complete}/*.parquet'"
+    )
 
     assert counted.fetchall() == [(10, 0, 9, 0)]
 
@@ -173,8 +174,8 @@ def regions(path: Path) -> dict[str, int]:
 @pytest.mark.parametrize("with_manifest", [True, False])
 @pytest.mark.parametrize(
     "region",
-    ["first magic", "page header", "pixels", "column names", "footer's start", "simulation in the footer", "writer's name",
-     "footer's length", "last magic"],
+    ["first magic", "page header", "pixels", "column names", "footer's start", "simulation in the footer",
+     "writer's name", "footer's length", "last magic"],
 )  # fmt: skip
 def test_a_flipped_bit_is_found_in_each_part_of_a_shard(complete, region, with_manifest):
     """Pages have a checksum of their own; their headers, the schema and the footer have none."""
@@ -267,7 +268,9 @@ def test_dataset_without_manifest_is_refused(complete):
 
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
     """With the command that makes one."""
-    with pytest.raises(ValueError, match=rf"^{tmp_path} is no dataset: .* `raylens simulate RECIPE --to ROOT` makes one"):
+    with pytest.raises(
+        ValueError, match=rf"^{tmp_path} is no dataset: .* `raylens simulate RECIPE --to ROOT` makes one"
+    ):
         dataset.Dataset.open(str(tmp_path))
 
 
@@ -328,7 +331,9 @@ def test_asking_for_no_more_images_is_met_by_what_stands(complete, simulation, n
 
 def test_another_shard_size_is_refused_and_changes_nothing(complete, simulation):
     """The rows of a shard follow from its size, so half the shards would be others."""
-    with pytest.raises(ValueError, match=r"has shards of 4 images; got --shard-size 5\. Leave it at 4, or choose another --to\."):
+    with pytest.raises(
+        ValueError, match=r"has shards of 4 images; got --shard-size 5\. Leave it at 4, or choose another --to\."
+    ):
         begin(complete, simulation, 20, shard_size=5)
 
     assert dataset.verify(complete) == []
@@ -382,5 +387,7 @@ def test_location_carries_recipe_split_and_digest(simulation):
 
 def test_an_unknown_split_is_refused_with_those_there_are():
     """test-alpha-1.7 would otherwise be simulated as anything."""
-    with pytest.raises(ValueError, match=r"test-alpha-1\.7 is no split; the splits are train, validation, test, test-alpha-1\.6"):
+    with pytest.raises(
+        ValueError, match=r"test-alpha-1\.7 is no split; the splits are train, validation, test, test-alpha-1\.6"
+    ):
         dataset.check_split("test-alpha-1.7")

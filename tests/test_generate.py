@@ -22,7 +22,9 @@ def simulation(tiny) -> Simulation:
     return tiny.override({"output.catalogue": True})
 
 
-def simulate(simulation: Simulation, root: Path | str, num_images: int = 10, shard_size: int = 4, **options) -> generate.Simulated:
+def simulate(
+    simulation: Simulation, root: Path | str, num_images: int = 10, shard_size: int = 4, **options
+) -> generate.Simulated:
     return generate.simulate(
         simulation, str(root), recipe="tiny", num_images=num_images, shard_size=shard_size, **options
     )
@@ -160,7 +162,9 @@ def test_an_interrupted_run_is_finished_and_its_shards_are_kept(copy, made, simu
     assert (again.num_made, again.num_skipped) == (1, 2)
     assert shards(copy) == shards(made)
     assert dataset.verify(str(copy)) == []
-    assert {name: changed(copy)[name] for name in ("part-00000.parquet", "part-00001.parquet")}.items() <= before.items()
+    assert {
+        name: changed(copy)[name] for name in ("part-00000.parquet", "part-00001.parquet")
+    }.items() <= before.items()
 
 
 def test_damage_in_an_interrupted_run_is_not_sealed(copy, made, simulation, ray_cluster):
