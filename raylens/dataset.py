@@ -264,7 +264,7 @@ def standing_shards(uri: str) -> set[str]:
 def write_shard(uri: str, shard: int, table: pa.Table) -> Shard:
     """Write a shard whole or not at all, and return what the manifest is to know of it."""
     content = _parquet(table)
-    storage.write(storage.join(uri, shard_name(shard)), content)
+    storage.write(storage.join(uri, shard_name(shard)), content, durable=False)
     return _describe(shard, len(table), content)
 
 
@@ -390,7 +390,7 @@ def _parquet(table: pa.Table) -> bytes:
     # Noise does not compress. The checksum of each page finds a flipped bit before there is a manifest.
     pq.write_table(
         table, buffer, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True,
-        row_group_size=max(len(table), 1),
+        row_group_size=max(len(table), 1), write_batch_size=1 << 16,
     )  # fmt: skip
     return buffer.getvalue()
 
