@@ -87,50 +87,59 @@ def train(
         raise ValueError(
             f"training.batch_size {network.training.batch_size} is not shared evenly by {num_workers} workers."
         )
-
-    labels = data_set.read(["index", "num_subhalos", "alpha"])
     held_out = np.zeros(data_set.num_images, bool)
     if validation_set is None:
         held_out = _held_out(data_set.num_images, network.training.seed)
-    card = _card(name, network, labels, ~held_out[labels["index"]], data_set, validation_set, recipe, num_workers)
-    models.build(card)  # a network that cannot be is refused before anything starts
+    card = _card(name, network, held_out, data_set, validation_set, recipe, num_workers)
     storage.check_writable(run)
-    resources = cluster.connect()
-    if resources.num_cpus < num_workers + 1:
+    use_gpu = _require_room(cluster.connect(), card)
+
+    with _following(storage.join(run, "metrics.jsonl"), progress):
+        result = _trainer(card, run, _datasets(data_set, validation_set, held_out), use_gpu).fit()
+    return _keep_best(result, card, run, use_gpu, started)
+
+
+def _require_room(resources: cluster.Resources, card: models.Card) -> bool:
+    """Refuse a cluster that is too small; return whether each worker has a GPU."""
+    if resources.num_cpus < card.num_workers + 1:
         raise ValueError(
-            f"{num_workers} workers need {num_workers + 1} CPUs, one of them to read data; "
+            f"{card.num_workers} workers need {card.num_workers + 1} CPUs, one of them to read data; "
             f"the cluster has {resources.num_cpus}."
         )
     # A share arrives in parts, which are joined and put in order: three times its size for a moment.
-    needed = 3 * 4 * data_set.num_pixels**2 * card.num_training_images
+    needed = 3 * 4 * card.num_pixels**2 * card.num_training_images
     if needed > resources.memory:
         raise ValueError(
             f"{card.num_training_images:,} images need {needed / 2**30:.0f} GiB of memory to train on; the cluster has "
             f"{resources.memory / 2**30:.0f} GiB. Train on fewer images, or on more nodes."
         )
-    use_gpu = resources.num_gpus >= num_workers
+    return resources.num_gpus >= card.num_workers
+
+
+def _trainer(card: models.Card, run: str, datasets: dict[str, Any], use_gpu: bool) -> ray.train.torch.TorchTrainer:
     file_system, path = storage.arrow_file_system(run)
-    trainer = ray.train.torch.TorchTrainer(
+    return ray.train.torch.TorchTrainer(
         _train_worker,
         train_loop_config={"card": card.as_dict(), "run": run},
-        datasets=_datasets(data_set, validation_set, held_out),
-        dataset_config=DataConfig(
-            datasets_to_split=["train"]
-        ),  # what is measured on is not split, or rows would be lost
-        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+        datasets=datasets,
+        # What is measured on is not split, or rows would be lost.
+        dataset_config=DataConfig(datasets_to_split=["train"]),
+        scaling_config=ScalingConfig(num_workers=card.num_workers, use_gpu=use_gpu),
         run_config=RunConfig(
             name="checkpoints",
             storage_path=path,
             storage_filesystem=file_system,
+            # The best, and beside it always the newest.
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
             ),
             failure_config=FailureConfig(max_failures=3),
         ),
     )
-    with _following(storage.join(run, "metrics.jsonl"), progress):
-        result = trainer.fit()
 
+
+def _keep_best(result: ray.train.Result, card: models.Card, run: str, use_gpu: bool, started: float) -> Trained:
+    """Make the weights of the best epoch those of the run."""
     history = [json.loads(line) for line in storage.read(storage.join(run, "metrics.jsonl")).splitlines()]
     assert result.best_checkpoints is not None
     best, metrics = min(result.best_checkpoints, key=lambda pair: pair[1]["validation_loss"])
@@ -138,7 +147,6 @@ def train(
     with best.as_directory() as folder, open(os.path.join(folder, "model.safetensors"), "rb") as file:
         weights = file.read()
     seconds = time.perf_counter() - started
-    training_seconds = sum(record["seconds"] for record in history)
     card = card.override(
         {
             "epoch": kept["epoch"],
@@ -149,6 +157,7 @@ def train(
         }
     )
     models.save(run, weights, card)
+    training_seconds = sum(record["seconds"] for record in history)
     return Trained(
         run=run,
         epoch=card.epoch,
@@ -157,8 +166,8 @@ def train(
         num_epochs=len(history),
         num_training_images=card.num_training_images,
         seconds=seconds,
-        cpu_seconds=training_seconds * num_workers * kept["num_threads"],
-        gpu_seconds=training_seconds * num_workers * use_gpu,
+        cpu_seconds=training_seconds * card.num_workers * kept["num_threads"],
+        gpu_seconds=training_seconds * card.num_workers * use_gpu,
         images_per_second=len(history) * card.num_training_images / training_seconds,
     )
 
@@ -175,14 +184,15 @@ def _held_out(num_images: int, seed: int) -> np.ndarray:
 def _card(
     name: models.NetworkName,
     network: Network,
-    labels: dict[str, np.ndarray],
-    used: np.ndarray,
+    held_out: np.ndarray,
     data: Dataset,
     validation: Dataset | None,
     recipe: str,
     num_workers: int,
 ) -> models.Card:
     """Return what is known of a network before it is trained; scaling and baselines come from training labels alone."""
+    labels = data.read(["index", "num_subhalos", "alpha"])
+    used = ~held_out[labels["index"]]
     target = labels[models.TARGETS[name]][used].astype(np.float64)
     num_subhalos = labels["num_subhalos"][used].astype(np.float64)
     card = models.Card(
