@@ -53,8 +53,7 @@ def smoke() -> Experiment:
             "num_images.validation": 2_000,
             "num_images.test": 4_000,
             "num_images.test_alpha": 1_000,
-            "n_cnn.training.num_epochs": 3,
-            "alpha_cnn.training.num_epochs": 2,
+            "training.num_epochs": 2,
             "training.batch_size": 32,
             "training.learning_rate": 5e-4,
         }
