@@ -163,10 +163,16 @@ def begin(
     Raises
     ------
     ValueError
-        If a dataset of another shard size than the one asked for stands there.
+        If a dataset of another shard size than the one asked for stands there, or one whose plan
+        has been changed.
     """
     if storage.exists(storage.join(uri, "dataset.json")):
         plan = read_plan(uri)
+        if (plan.simulation, plan.split) != (simulation, split):
+            raise ValueError(
+                f"{uri}/dataset.json describes another simulation than its name says, so it has been changed; "
+                "remove that dataset, or choose another --to."
+            )
         if shard_size not in (None, plan.shard_size):
             raise ValueError(
                 f"{uri} has shards of {plan.shard_size} images; got --shard-size {shard_size}. "

@@ -339,6 +339,16 @@ def test_another_shard_size_is_refused_and_changes_nothing(complete, simulation)
     assert dataset.verify(complete) == []
 
 
+def test_a_plan_that_was_changed_is_refused(complete, simulation):
+    """Its shards would be another simulation's under this one's name."""
+    other = simulation.override({"lens.theta_E": 1.1})
+    place = Path(complete, "dataset.json")
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"simulation": other.as_dict()}))
+
+    with pytest.raises(ValueError, match=r"describes another simulation than its name says"):
+        begin(complete, simulation, 20)
+
+
 def test_a_plan_comes_before_any_shard_and_is_no_dataset_yet(simulation, tmp_path):
     """What a run that died at once leaves behind says what it was to become."""
     uri = dataset.location(str(tmp_path), recipe="tiny", split="test", simulation=simulation)
