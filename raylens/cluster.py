@@ -26,7 +26,7 @@ class Resources:
     memory: int  # [bytes] that Ray may give to workers
 
 
-def connect(*, log_to_driver: bool = False) -> Resources:
+def connect() -> Resources:
     """Join the cluster at RAY_ADDRESS, or start a local one, unless that is done; return what it holds.
 
     Raises
@@ -36,7 +36,7 @@ def connect(*, log_to_driver: bool = False) -> Resources:
     """
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
-        quiet: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.ERROR}
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if address:
                 ray.init(address=address, **quiet)

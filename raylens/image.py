@@ -1,4 +1,4 @@
-"""What both the sky and the network need to know of an image: its scale, and its way into FITS.
+"""What both the sky and the network need to know of an image: its axes and its scale.
 
 image[row, column]: y grows with row and x with column; pixel centres lie at
 (i - (n - 1) / 2) * pixel_scale [arcsec].
