@@ -12,6 +12,7 @@ import logging
 import re
 import sys
 import time
+from collections import deque
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from typing import Annotated, Any, TextIO
@@ -89,7 +90,10 @@ def show(recipe: Recipe, settings: Set = None) -> None:
 def simulate(
     recipe: Recipe,
     to: To,
-    split: Annotated[str, typer.Option(help="train, validation, test, or test-alpha-1.6 ... test-alpha-2.4")] = "train",
+    split: Annotated[
+        str | None,
+        typer.Option(help="train, validation, test, or test-alpha-1.6 ... test-alpha-2.4; train", show_default=False),
+    ] = None,
     num_images: Annotated[
         int | None, typer.Option(min=1, help="how many images; as the recipe says", show_default=False)
     ] = None,
@@ -97,33 +101,29 @@ def simulate(
     settings: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
 ) -> None:
-    """Simulate a split of a recipe into Parquet below a root, or what is missing of it."""
+    """Simulate a split of a recipe into Parquet below a root, or what is missing of it.
+
+    A dataset as recipe is made again, or finished, with its own split, number of images and shard size.
+    """
     from raylens import dataset
 
     experiment = recipes.load(recipe)
+    model = dataset.read_plan(storage.absolute(recipe)) if recipes.may_be_dataset(recipe) else None
+    if model is not None:
+        dataset.require_same_simulator(recipe, model)
     changes = _changes(settings)
     for key in changes:
         check_key(Simulation, key)
     simulation = experiment.simulation.override(changes)
+    split = split or (model.split if model else "train")
     dataset.check_split(split)
     num_images = num_images or experiment.num_images.of(split)
-    uri = dataset.location(to, recipe=experiment.name, split=split, simulation=simulation)
+    shard_size = shard_size or (model.shard_size if model else None)
     if dry_run:
-        if storage.exists(storage.join(uri, "dataset.json")):
-            plan = dataset.read_plan(uri)
-            num_images, shard_size = max(num_images, plan.num_images), shard_size or plan.shard_size
-        num_shards = -(-num_images // (shard_size or dataset.SHARD_SIZE))
-        standing = len(dataset.standing_shards(uri))
-        num_bytes = num_images * (4 * simulation.camera.num_pixels**2 + 400)
-        _say(
-            f"{uri} would hold {num_images:,} images in {num_shards} shards, "
-            f"about {num_bytes / 1e6:,.0f} MB; {standing} shards stand."
-        )
-        _finish(dataset=uri, num_images=num_images, num_shards=num_shards, num_standing=standing, bytes=num_bytes)
+        _foresee(experiment.name, simulation, to, split=split, num_images=num_images, shard_size=shard_size)
         return
     from raylens import generate
 
-    meter = _Meter(f"simulate {split}", "images")
     simulated = generate.simulate(
         simulation,
         to,
@@ -131,13 +131,32 @@ def simulate(
         split=split,
         num_images=num_images,
         shard_size=shard_size,
-        progress=meter,
+        progress=_Meter(f"simulate {split}", "images"),
     )
     _say(
         f"{simulated.num_images:,} images in {simulated.num_shards} shards: {simulated.num_made} made, "
         f"{simulated.num_skipped} stood already."
     )
     _finish(**asdict(simulated))
+
+
+def _foresee(
+    recipe: str, simulation: Simulation, to: str, *, split: str, num_images: int, shard_size: int | None
+) -> None:
+    """Say what `simulate` would make, where, and what that would cost."""
+    from raylens import dataset, generate
+
+    uri = dataset.location(to, recipe=recipe, split=split, simulation=simulation)
+    plan = dataset.plan_for(
+        uri, recipe=recipe, split=split, simulation=simulation, num_images=num_images, shard_size=shard_size
+    )
+    estimate = generate.estimate(uri, plan)
+    _say(
+        f"{uri} would hold {plan.num_images:,} images in {plan.num_shards} shards, "
+        f"about {estimate.bytes / 1e6:,.0f} MB; {estimate.num_standing} shards stand. "
+        f"The rest takes about {estimate.cpu_hours:.3g} CPU-hours of such a core as this one has, {estimate.where}."
+    )
+    _finish(dataset=uri, num_images=plan.num_images, num_shards=plan.num_shards, **asdict(estimate))
 
 
 @app.command()
@@ -159,7 +178,7 @@ def verify(dataset: Annotated[str, typer.Argument(help="the dataset", show_defau
         seconds=time.perf_counter() - started,
     )
     if wrong:
-        return _fail(f"{dataset} is not sound: {wrong[0]}. `raylens simulate` with the same recipe and root mends it.")
+        return _fail(f"{dataset} is not sound: {wrong[0]}. `{datasets.command(storage.absolute(dataset))}` mends it.")
     return 0
 
 
@@ -293,20 +312,33 @@ class _Talk:
 
 
 class _Meter:
-    """Tells of a stage's progress on standard error: how far, how fast, how long still."""
+    """Tells of a stage's progress on standard error: how far, how fast of late, how long still.
+
+    On a terminal one line changes; in a log lines follow each other, the more slowly the longer it takes.
+    """
 
     def __init__(self, stage: str, unit: str) -> None:
         self.stage, self.unit = stage, unit
         self.begun = self.told = time.perf_counter()
+        self.lately = deque([(self.begun, 0)], maxlen=50)  # when how much was done
+        self.live = sys.stderr.isatty()
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, detail: str = "") -> None:
         now = time.perf_counter()
-        if _Talk.quiet or (now - self.told < 2 and done < total):
+        self.lately.append((now, done))
+        pause = 0.2 if self.live else min(2 + (now - self.begun) / 20, 60)
+        if _Talk.quiet or (now - self.told < pause and done < total):
             return
         self.told = now
-        rate = done / (now - self.begun)
-        left = f"{_duration((total - done) / rate)} left" if done < total else f"in {_duration(now - self.begun)}"
-        print(f"{self.stage:24} {done:9,} of {total:,} {self.unit}  {rate:9,.0f}/s  {left}", file=sys.stderr)
+        since, before = self.lately[0]
+        rate = (done - before) / (now - since)
+        if done == total:
+            rate, left = done / (now - self.begun), f"in {_duration(now - self.begun)}"
+        else:
+            left = f"{_duration((total - done) / rate)} left" if rate else ""
+        line = f"{self.stage:24} {done:9,} of {total:,} {self.unit}  {detail}  {rate:9,.0f}/s  {left}"
+        end = "\n" if done == total or not self.live else ""
+        print(f"\r\x1b[K{line}" if self.live else line, end=end, file=sys.stderr, flush=True)
 
 
 class _Epochs:

@@ -15,6 +15,18 @@ from typing import Any
 import ray
 import ray.data
 
+from raylens import storage
+
+logger = logging.getLogger(__name__)
+
+SIMULATE = "raylens.simulate"  # the label of a node that says whether it simulates
+
+# Of what users of clusters mount on all nodes, as the kernel names it.
+_SHARED_FILE_SYSTEMS = {
+    "nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "fuse.ceph", "cifs", "smb3", "afs", "pvfs2", "wekafs",
+    "fuse.glusterfs", "fuse.juicefs", "fuse.s3fs", "fuse.gcsfuse", "fuse.sshfs",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -52,6 +64,50 @@ def connect() -> Resources:
         num_gpus=int(held.get("GPU", 0)),
         memory=int(held.get("memory", 0)),
     )
+
+
+def require_shared(uri: str) -> None:
+    """Refuse a local folder where a cluster of several machines could not see the same one.
+
+    Raises
+    ------
+    ValueError
+        With the reason, and what to choose instead.
+    """
+    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if storage.is_s3(uri) or len(machines) < 2:
+        return
+    kind = storage.file_system_type(uri)
+    if kind not in _SHARED_FILE_SYSTEMS:
+        raise ValueError(
+            f"{uri} is a local folder ({kind}), and the cluster has {len(machines)} machines, each of which would "
+            "write to a folder of its own. Choose s3://bucket/prefix, or a folder on a network file system."
+        )
+
+
+def where_to_simulate() -> dict[str, str]:
+    """Return the label selector that keeps simulation off the head and off nodes with GPUs.
+
+    A node's own label decides first: `ray start --labels raylens.simulate=yes` (or no). Where there
+    is only one node, it does everything.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    kept_off = [node["NodeID"] for node in nodes if not _simulates(node)]
+    if len(nodes) == 1 or not kept_off:
+        return {SIMULATE: "!no"}
+    if len(kept_off) == len(nodes):
+        logger.warning(
+            "no node simulates yet: the head and those with GPUs are kept for other work. Waiting for one to join; "
+            "a node started with --labels %s=yes would do.", SIMULATE,
+        )  # fmt: skip
+    return {SIMULATE: "!no", "ray.io/node-id": f"!in({','.join(kept_off)})"}
+
+
+def _simulates(node: dict[str, Any]) -> bool:
+    told = node["Labels"].get(SIMULATE)
+    if told is not None:
+        return told == "yes"
+    return "node:__internal_head__" not in node["Resources"] and "GPU" not in node["Resources"]
 
 
 def _quieten() -> None:

@@ -289,9 +289,14 @@ class NumImages(Settings):
     test: int = Field(20_000, ge=1)
     test_alpha: int = Field(5_000, ge=1)  # in each of the sets with alpha held
 
+    @staticmethod
+    def field_of(split: str) -> str:
+        """Return the name of the field that holds for a split of SPLITS."""
+        return "test_alpha" if split.startswith("test-alpha") else split
+
     def of(self, split: str) -> int:
         """Return the number of images in a split of SPLITS."""
-        return self.test_alpha if split.startswith("test-alpha") else getattr(self, split)
+        return int(getattr(self, self.field_of(split)))
 
 
 class Experiment(Settings):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import ray.data
 import torch
 
-from raylens import cluster, dataset, learning, models
+from raylens import cluster, learning, models, shards
 from raylens.dataset import Dataset
 
 Progress = Callable[[int, int], None]  # images done, images in all
@@ -30,16 +30,15 @@ def predict(
     alpha_cnn_true_n (given the true N).
     """
     cluster.connect()
-
-    shards = [(number, uri) for number, data in enumerate(datasets) for uri in data.shard_uris]
+    numbered = [(number, uri) for number, data in enumerate(datasets) for uri in data.shard_uris]
 
     def predicted(batch: dict[str, np.ndarray]) -> pa.Table:
-        number, uri = shards[int(batch["id"][0])]
-        table = _predict_rows(dataset.read_shard(uri, ["index", "image", *_TRUTH]), n_cnn, alpha_cnn)
+        number, uri = numbered[int(batch["id"][0])]
+        table = _predict_rows(shards.read(uri, ["index", "image", *_TRUTH]), n_cnn, alpha_cnn)
         return table.append_column("dataset", pa.array([number] * len(table)))
 
     num_images = sum(data.num_images for data in datasets)
-    rows = ray.data.range(len(shards), override_num_blocks=len(shards)).map_batches(predicted, batch_size=1)
+    rows = ray.data.range(len(numbered), override_num_blocks=len(numbered)).map_batches(predicted, batch_size=1)
     tables: list[pa.Table] = []
     for table in rows.iter_batches(batch_format="pyarrow", batch_size=_NUM_READ_AT_ONCE):
         tables.append(table)
@@ -52,7 +51,7 @@ def predict(
 
 def _predict_rows(table: pa.Table, n_cnn: str, alpha_cnn: str) -> pa.Table:
     torch.set_num_threads(1)  # a task has one core
-    image_BHW = torch.from_numpy(np.array(dataset.images(table)))
+    image_BHW = torch.from_numpy(np.array(shards.images(table)))
     true_B = torch.from_numpy(table["num_subhalos"].to_numpy().astype(np.float32))
     num_subhalos_B = learning.predict(_network(n_cnn, "n-cnn"), image_BHW, true_B)
     alpha_network = _network(alpha_cnn, "alpha-cnn")

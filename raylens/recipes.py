@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from raylens import storage
-from raylens.config import Experiment, Simulation
+from raylens.config import Experiment, NumImages, Simulation
 
 
 def paper_fixed() -> Experiment:
@@ -80,13 +80,26 @@ def load(recipe: str) -> Experiment:
         return RECIPES[recipe]()
     if recipe.endswith((".toml", ".json")):
         return _from_file(recipe)
-    plan = storage.join(recipe, "dataset.json")
-    if storage.exists(plan):
-        values = json.loads(storage.read(plan))
-        return Experiment(name=values["recipe"], simulation=Simulation.parse(values["simulation"]))
+    if may_be_dataset(recipe) and storage.exists(storage.join(recipe, "dataset.json")):
+        return _from_dataset(storage.join(recipe, "dataset.json"))
     close = difflib.get_close_matches(recipe, RECIPES, n=1)
     hint = f"did you mean {close[0]}?" if close else f"the recipes are {', '.join(RECIPES)}."
     raise ValueError(f"{recipe} is no recipe, no .toml or .json file and no dataset; {hint}")
+
+
+def may_be_dataset(recipe: str) -> bool:
+    """Return whether a recipe can only be a dataset, being no name and no file."""
+    return recipe not in RECIPES and not recipe.endswith((".toml", ".json"))
+
+
+def _from_dataset(plan: str) -> Experiment:
+    """Return the experiment whose simulation a dataset holds, with as many images of its split."""
+    try:
+        values = json.loads(storage.read(plan))
+        experiment = Experiment(name=values["recipe"], simulation=Simulation.parse(values["simulation"]))
+        return experiment.override({f"num_images.{NumImages.field_of(values['split'])}": values["num_images"]})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{plan} is not a dataset's: it lacks {error}.") from None
 
 
 def _from_file(uri: str) -> Experiment:

@@ -27,7 +27,7 @@ import torch
 import torch.distributed
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 
-from raylens import __version__, cluster, dataset, learning, models, storage
+from raylens import __version__, cluster, dataset, learning, models, shards, storage
 from raylens.config import Network
 from raylens.dataset import Dataset
 from raylens.metrics import Sums
@@ -249,7 +249,7 @@ def _rows(data: Dataset, kept: np.ndarray) -> ray.data.Dataset:
     shard_uris = data.shard_uris
 
     def read(batch: dict[str, np.ndarray]) -> pa.Table:
-        table = dataset.read_shard(shard_uris[int(batch["id"][0])], ["index", "image", "num_subhalos", "alpha"])
+        table = shards.read(shard_uris[int(batch["id"][0])], ["index", "image", "num_subhalos", "alpha"])
         return table.filter(pa.array(kept[table["index"].to_numpy()]))
 
     return ray.data.range(len(shard_uris), override_num_blocks=len(shard_uris)).map_batches(read, batch_size=1)
@@ -336,7 +336,7 @@ def _load(shard: ray.data.DataIterator, target: str, device: torch.device) -> le
     """Return a share of a dataset as tensors on the device, in the order of its rows."""
     indices, parts = [], []
     tables = shard.iter_batches(batch_format="pyarrow", batch_size=_NUM_READ_AT_ONCE)
-    for images, others in dataset.batches(iter(tables)):
+    for images, others in shards.batches(iter(tables)):
         indices.append(others["index"])
         columns = (images, others["num_subhalos"], others[target])
         parts.append([torch.as_tensor(np.array(column, np.float32), device=device) for column in columns])

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import s3fs
 
-from raylens import dataset, storage
+from raylens import dataset, shards, storage
 from raylens.config import Simulation
 from raylens.simulate import simulate_block
 
@@ -160,14 +160,16 @@ def make_dataset() -> Callable[..., str]:
         root: Path | str, simulation: Simulation, num_images: int = 10, shard_size: int = 4, split: str = "train"
     ) -> str:
         uri = dataset.location(str(root), recipe="tiny", split=split, simulation=simulation)
-        plan = dataset.begin(
+        plan = dataset.plan_for(
             uri, recipe="tiny", split=split, simulation=simulation, num_images=num_images, shard_size=shard_size
         )
-        shards = []
-        for shard in range(plan.num_shards):
-            rows = simulate_block(simulation, plan.rows(shard), split)
-            shards.append(dataset.write_shard(uri, shard, dataset.to_table(rows, simulation, split)))
-        dataset.finish(uri, plan, shards, ["any"])
+        dataset.begin(uri, plan)
+        found = []
+        for number in range(plan.num_shards):
+            table = shards.to_table(simulate_block(simulation, plan.rows(number), split), simulation)
+            content = shards.encode(table, simulation, split, "any")
+            found.append(dataset.place_shard(uri, plan, number, content, None)[0])
+        dataset.finish(uri, plan, [shard.entry for shard in found], {"any"})
         return uri
 
     return make

@@ -15,13 +15,13 @@ PACKAGE = Path(raylens.__file__).parent
 ORDER = [
     "config", "image", "storage", "recipes",
     "physics.cosmology", "physics.lenses", "physics.subhalos", "physics.render", "physics.reference",
-    "simulate", "dataset", "illustrate", "cluster", "generate",
+    "simulate", "shards", "dataset", "card", "illustrate", "cluster", "generate",
     "models", "metrics", "learning", "train", "tune", "predict", "evaluate", "paper", "figures", "report",
     "reproduce", "doctor", "cli", "__main__",
 ]  # fmt: skip
 
 # The sky, of which the network must learn from images alone.
-SKY = ("physics", "simulate", "illustrate", "generate")
+SKY = ("physics", "simulate", "card", "illustrate", "generate")
 BELOW_THE_WALL = ORDER[ORDER.index("models") : ORDER.index("reproduce")]
 
 WITH_RAY = {"cluster", "generate", "train", "tune", "predict"}
@@ -119,7 +119,7 @@ from raylens import config, dataset, learning, metrics, models, simulate, storag
 
 simulation = config.Simulation().override({"camera.num_pixels": 8, "subhalos.mass_min": 5e9})
 rows = simulate.simulate_block(simulation, range(4))
-image_BHW = torch.from_numpy(dataset.images(dataset.to_table(rows, simulation, "train")).copy())
+image_BHW = torch.from_numpy(shards.images(shards.to_table(rows, simulation, "train")).copy())
 scaling = models.Scaling(mean=0.0, sd=1.0)
 network = models.CNN(
     "n-cnn", config.Model(filters=(4,), kernel_size=3, dense=8), num_pixels=8, target=scaling, num_subhalos=scaling

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raylens import dataset, generate, storage
+from raylens import dataset, generate, shards, storage
 from raylens.config import Experiment, Simulation
 from raylens.dataset import Dataset
 from raylens.simulate import simulate_block
@@ -42,7 +42,7 @@ def copy(made, tmp_path) -> Path:
     return shutil.copytree(made, tmp_path / made.name)
 
 
-def shards(uri: Path | str) -> dict[str, bytes]:
+def contents(uri: Path | str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(uri).glob("*.parquet")}
 
 
@@ -71,20 +71,20 @@ def test_one_cpu_makes_the_same_bytes_as_two(made, simulation, cli, tmp_path):
     )  # fmt: skip
 
     assert ran.returncode == 0, ran.stderr
-    assert shards(ran.facts["dataset"]) == shards(made)
+    assert contents(ran.facts["dataset"]) == contents(made)
     assert Path(ran.facts["dataset"], "manifest.json").read_bytes() == (made / "manifest.json").read_bytes()
 
 
 def test_a_row_is_what_its_index_makes_of_it_alone(made, simulation):
     """So that any image of a training set can be made again without the others, whatever its shard and block."""
     table = read(made)
-    images = dataset.images(table)
+    images = shards.images(table)
 
     for index in range(10):
         alone = simulate_block(simulation, [index])
         np.testing.assert_array_equal(images[index], alone["image"][0])
         for name in table.column_names:
-            if name in dataset.CATALOGUE:
+            if name in shards.CATALOGUE:
                 assert table[name][index].as_py() == alone[name].tolist()
             elif name != "image":
                 assert table[name][index].as_py() == alone[name][0]
@@ -96,7 +96,7 @@ def test_subhaloes_are_as_many_and_as_heavy_as_the_row_says(made):
 
     assert len(rows) == 10
     for row in rows:
-        assert {len(row[name]) for name in dataset.CATALOGUE} == {row["num_subhalos"]}
+        assert {len(row[name]) for name in shards.CATALOGUE} == {row["num_subhalos"]}
         assert sum(row["subhalos_mass"]) == pytest.approx(row["subhalo_mass"], rel=1e-12)
 
 
@@ -110,7 +110,7 @@ def test_a_shard_of_many_blocks_is_cut_nowhere(tiny, tmp_path, ray_cluster):
     assert again.num_made == 0
     expected = simulate_block(tiny, [126, 127, 128, 129])
     table = read(uri).slice(126, 4)
-    np.testing.assert_array_equal(dataset.images(table), expected["image"])
+    np.testing.assert_array_equal(shards.images(table), expected["image"])
     np.testing.assert_array_equal(table["index"].to_numpy(), expected["index"])
 
 
@@ -132,7 +132,7 @@ def test_a_lost_shard_is_made_again_and_the_others_are_kept(copy, made, simulati
     again = simulate(simulation, copy.parent)
 
     assert (again.num_made, again.num_skipped) == (1, 2)
-    assert shards(copy) == shards(made)
+    assert contents(copy) == contents(made)
     assert dataset.verify(str(copy)) == []
     assert changed(copy)["part-00000.parquet"] == before["part-00000.parquet"]
 
@@ -147,7 +147,7 @@ def test_a_damaged_shard_is_made_again(copy, made, simulation, ray_cluster):
     again = simulate(simulation, copy.parent)
 
     assert (again.num_made, again.num_skipped) == (1, 2)
-    assert shards(copy) == shards(made)
+    assert contents(copy) == contents(made)
 
 
 def test_an_interrupted_run_is_finished_and_its_shards_are_kept(copy, made, simulation, ray_cluster):
@@ -160,7 +160,7 @@ def test_an_interrupted_run_is_finished_and_its_shards_are_kept(copy, made, simu
     again = simulate(simulation, copy.parent)
 
     assert (again.num_made, again.num_skipped) == (1, 2)
-    assert shards(copy) == shards(made)
+    assert contents(copy) == contents(made)
     assert dataset.verify(str(copy)) == []
     assert {
         name: changed(copy)[name] for name in ("part-00000.parquet", "part-00001.parquet")
@@ -176,7 +176,7 @@ def test_damage_in_an_interrupted_run_is_not_sealed(copy, made, simulation, ray_
     again = simulate(simulation, copy.parent)
 
     assert (again.num_made, again.num_skipped) == (1, 2)
-    assert shards(copy) == shards(made)
+    assert contents(copy) == contents(made)
 
 
 def test_more_images_remake_the_short_last_shard_and_add_to_it(copy, simulation, ray_cluster, tmp_path):
@@ -187,7 +187,7 @@ def test_more_images_remake_the_short_last_shard_and_add_to_it(copy, simulation,
 
     at_once = simulate(simulation, tmp_path / "at-once", num_images=13)
     assert (grown.num_made, grown.num_skipped, grown.num_shards) == (2, 2, 4)
-    assert shards(copy) == shards(at_once.dataset)
+    assert contents(copy) == contents(at_once.dataset)
     assert dataset.verify(str(copy)) == []
     assert Dataset.open(str(copy)).num_images == 13
     assert "13 simulated" in (copy / "README.md").read_text()
@@ -222,7 +222,7 @@ def test_both_engines_can_be_chosen_and_agree(tiny, tmp_path, ray_cluster):
     images = {}
     for engine in ("numba", "lenstronomy"):
         made = simulate(tiny.override({"engine": engine, **exposure}), tmp_path)
-        images[engine] = dataset.images(read(made.dataset))
+        images[engine] = shards.images(read(made.dataset))
 
     assert len(os.listdir(tmp_path)) == 2  # the digest tells them apart
     assert not np.array_equal(images["numba"], images["lenstronomy"])  # or the choice had no effect
@@ -238,7 +238,7 @@ def test_a_dataset_on_s3_is_the_one_on_disk(made, simulation, s3, ray_cluster):
     assert (simulated.num_made, again.num_made) == (3, 0)
     assert dataset.verify(simulated.dataset) == []
     assert storage.names(simulated.dataset) == {path.name for path in made.iterdir()}
-    for name, content in shards(made).items():
+    for name, content in contents(made).items():
         assert storage.read(storage.join(simulated.dataset, name)) == content
     there, here = Dataset.open(simulated.dataset), Dataset.open(str(made))
     for name, values in there.read(["index", "num_subhalos", "subhalo_mass"]).items():
@@ -254,7 +254,7 @@ def test_a_lost_shard_on_s3_is_made_again(simulation, made, s3, ray_cluster):
     again = simulate(simulation, f"{s3}/lost")
 
     assert (again.num_made, again.num_skipped) == (1, 2)
-    assert storage.read(storage.join(uri, "part-00001.parquet")) == shards(made)["part-00001.parquet"]
+    assert storage.read(storage.join(uri, "part-00001.parquet")) == contents(made)["part-00001.parquet"]
 
 
 def test_a_simulation_that_cannot_be_drawn_leaves_nothing(tiny, tmp_path):
