@@ -45,7 +45,7 @@ def end_to_end(num_images: int, num_cpus: int) -> float:
             root,
             recipe="benchmark",
             num_images=num_images,
-            progress=lambda done, total: finished.append((time.perf_counter(), done)),
+            progress=lambda done, total, detail: finished.append((time.perf_counter(), done)),
         )
     # The shards of a task are told of at once.
     tasks = [told for told, after in pairwise(finished) if after[0] - told[0] > 0.05] + finished[-1:]

@@ -162,7 +162,7 @@ def plan_for(
         )
     plan = read_plan(uri)
     there = {"simulator_version": plan.simulator_version, "split": plan.split, "simulation": plan.simulation.as_dict()}
-    here = shards.made_from(simulation, split)
+    here = {"simulator_version": SIMULATOR_VERSION, "split": split, "simulation": simulation.as_dict()}
     if there != here:
         raise ValueError(
             f"{uri}/dataset.json is not that of the dataset which belongs there: {shards.difference(there, here)}. "

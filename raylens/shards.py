@@ -96,7 +96,7 @@ class Statistics:
 class Provenance:
     """How a shard was made, and what it holds; in the metadata of its file."""
 
-    made_from: dict[str, Any]  # simulator_version, split, simulation
+    made_from: dict[str, Any]  # simulator_version, split, simulation, columns
     processor: str  # the kind that rendered it: last bits differ between them
     pyarrow: str  # version of what wrote the file
     statistics: dict[str, Statistics]  # of each column of numbers
@@ -124,8 +124,13 @@ def schema(simulation: Simulation) -> pa.Schema:
 
 
 def made_from(simulation: Simulation, split: str) -> dict[str, Any]:
-    """Return what, beside their indices, decides the rows of a shard."""
-    return {"simulator_version": SIMULATOR_VERSION, "split": split, "simulation": simulation.as_dict()}
+    """Return what, beside its indices, decides a shard."""
+    return {
+        "simulator_version": SIMULATOR_VERSION,
+        "split": split,
+        "simulation": simulation.as_dict(),
+        "columns": {field.name: str(field.type) for field in schema(simulation)},
+    }
 
 
 def to_table(columns: dict[str, np.ndarray], simulation: Simulation) -> pa.Table:
@@ -205,10 +210,11 @@ def decode(content: bytes, simulation: Simulation, split: str, rows: range) -> p
     except (pa.ArrowException, OSError) as error:
         raise DamagedShardError(f"it cannot be read: {error}") from None
     made = _provenance(table.schema.metadata)
-    wanted = {**made_from(simulation, split), "columns": _named_types(schema(simulation))}
-    found = {**made.made_from, "columns": _named_types(table.schema)}
-    if wanted != found:
-        raise ForeignShardError(difference(found, wanted))
+    wanted = made_from(simulation, split)
+    if made.made_from != wanted:
+        raise ForeignShardError(difference(made.made_from, wanted))
+    if not table.schema.equals(schema(simulation), check_metadata=False):
+        raise DamagedShardError("its columns are not those that its metadata name")
     if not np.array_equal(table["index"].to_numpy(), rows):
         raise DamagedShardError(f"it does not hold the rows {rows.start} to {rows.stop - 1}")
     # No checksum covers the headers and the footer, but the same pyarrow writes the same bytes again.
@@ -280,10 +286,6 @@ def _provenance(metadata: dict[bytes, bytes] | None) -> Provenance:
         return Provenance(values["made_from"], values["processor"], values["pyarrow"], statistics)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ForeignShardError("its metadata are of another schema") from None
-
-
-def _named_types(columns: pa.Schema) -> dict[str, str]:
-    return {field.name: str(field.type) for field in columns}
 
 
 def _brightest(values: np.ndarray) -> float:

@@ -115,11 +115,11 @@ def test_the_one_works_on_a_machine_without_ray():
 import sys
 sys.modules["ray"] = None  # every import of it fails from here on
 import torch
-from raylens import config, dataset, learning, metrics, models, simulate, storage
+from raylens import config, dataset, learning, metrics, models, shards, simulate, storage
 
 simulation = config.Simulation().override({"camera.num_pixels": 8, "subhalos.mass_min": 5e9})
 rows = simulate.simulate_block(simulation, range(4))
-image_BHW = torch.from_numpy(shards.images(shards.to_table(rows, simulation, "train")).copy())
+image_BHW = torch.from_numpy(shards.images(shards.to_table(rows, simulation)).copy())
 scaling = models.Scaling(mean=0.0, sd=1.0)
 network = models.CNN(
     "n-cnn", config.Model(filters=(4,), kernel_size=3, dense=8), num_pixels=8, target=scaling, num_subhalos=scaling

@@ -260,7 +260,7 @@ def test_progress_goes_to_standard_error_with_rate_and_time(main, tiny, tmp_path
     """Standard output is for results."""
     ran = main("simulate", write_recipe(tmp_path / "tiny.json", tiny), "--to", str(tmp_path), "--num-images", "6")
 
-    assert re.search(r"^simulate train +6 of 6 images +[\d,]+/s +in \d+ s$", ran.stderr, re.MULTILINE)
+    assert re.search(r"^simulate train +6 of 6 images +1 of 1 shards +[\d,]+/s +in \d+ s$", ran.stderr, re.MULTILINE)
     assert len(ran.stdout.splitlines()) == 2
     assert "1 made, 0 stood already" in ran.stdout
 

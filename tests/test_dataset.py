@@ -133,7 +133,7 @@ def test_columns_of_the_whole_dataset_come_in_the_order_of_the_rows(complete, si
 def test_nothing_but_shards_ends_in_parquet_and_all_lies_flat(complete):
     """Readers take *.parquet of the folder."""
     assert sorted(os.listdir(complete)) == [
-        "README.md", "dataset.json", "manifest.json", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet",
+        "dataset.json", "manifest.json", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet",
     ]  # fmt: skip
 
 

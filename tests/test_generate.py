@@ -209,7 +209,7 @@ def test_progress_ends_with_all_images(simulation, tmp_path, ray_cluster):
     """A bar that stops at 98 % makes people wait."""
     told = []
 
-    simulate(simulation, tmp_path, progress=lambda done, total: told.append((done, total)))
+    simulate(simulation, tmp_path, progress=lambda done, total, detail: told.append((done, total)))
 
     assert [total for _, total in told] == [10, 10, 10]
     assert sorted(done for done, _ in told) == [done for done, _ in told]
