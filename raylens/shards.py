@@ -129,7 +129,10 @@ def made_from(simulation: Simulation, split: str) -> dict[str, Any]:
         "simulator_version": SIMULATOR_VERSION,
         "split": split,
         "simulation": simulation.as_dict(),
-        "columns": {field.name: str(field.type) for field in schema(simulation)},
+        "columns": {
+            field.name: [str(field.type), *(text.decode() for text in field.metadata.values())]
+            for field in schema(simulation)
+        },
     }
 
 
@@ -213,7 +216,7 @@ def decode(content: bytes, simulation: Simulation, split: str, rows: range) -> p
     wanted = made_from(simulation, split)
     if made.made_from != wanted:
         raise ForeignShardError(difference(made.made_from, wanted))
-    if not table.schema.equals(schema(simulation), check_metadata=False):
+    if not table.schema.remove_metadata().equals(schema(simulation), check_metadata=True):
         raise DamagedShardError("its columns are not those that its metadata name")
     if not np.array_equal(table["index"].to_numpy(), rows):
         raise DamagedShardError(f"it does not hold the rows {rows.start} to {rows.stop - 1}")
