@@ -35,25 +35,37 @@ def engine(seconds: float) -> float:
 
 
 def end_to_end(num_images: int, num_cpus: int) -> float:
-    """Return images per second of `simulate`, from the first finished shards to the last."""
+    """Return images per second of `simulate`, once running."""
     from raylens import generate
 
-    finished: list[tuple[float, int]] = []
+    told: list[tuple[float, int]] = []
     with tempfile.TemporaryDirectory() as root:
         generate.simulate(
             SIMULATION,
             root,
             recipe="benchmark",
             num_images=num_images,
-            progress=lambda done, total, detail: finished.append((time.perf_counter(), done)),
+            progress=lambda done, total, detail: told.append((time.perf_counter(), done)),
         )
+    return once_running(told, num_cpus)
+
+
+def once_running(told: list[tuple[float, int]], num_cpus: int) -> float:
+    """Return images per second from the first finished tasks to the last, of what was told when."""
+    return between(*(steady(told, num_cpus)[k] for k in (0, -1)))
+
+
+def steady(told: list[tuple[float, int]], num_cpus: int) -> list[tuple[float, int]]:
+    """Return when how many images were done, at the end of each task while all cores were at work."""
     # The shards of a task are told of at once.
-    tasks = [told for told, after in pairwise(finished) if after[0] - told[0] > 0.05] + finished[-1:]
-    # The first task of each core includes the start of its process.
-    begun, before = tasks[num_cpus - 1]
-    # At the end one core waits for the other's last task: count to the last moment at which all worked.
-    ended, after = tasks[-num_cpus]
-    return (after - before) / (ended - begun)
+    tasks = [before for before, after in pairwise(told) if after[0] - before[0] > 0.05] + told[-1:]
+    # The first task of each core includes the start of its process; at the end one waits for the other.
+    return tasks[num_cpus - 1 : len(tasks) - num_cpus + 1]
+
+
+def between(begun: tuple[float, int], ended: tuple[float, int]) -> float:
+    """Return images per second between two moments."""
+    return (ended[1] - begun[1]) / (ended[0] - begun[0])
 
 
 def main() -> None:

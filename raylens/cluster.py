@@ -85,15 +85,17 @@ def require_shared(uri: str) -> None:
         )
 
 
-def where_to_simulate() -> dict[str, str]:
+def where_to_simulate() -> dict[str, str] | None:
     """Return the label selector that keeps simulation off the head and off nodes with GPUs.
 
-    A node's own label decides first: `ray start --labels raylens.simulate=yes` (or no). Where there
-    is only one node, it does everything.
+    A node's own label decides first: `ray start --labels raylens.simulate=yes` (or no). None where
+    there is only one node, which does everything.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
+        return None
     kept_off = [node["NodeID"] for node in nodes if not _simulates(node)]
-    if len(nodes) == 1 or not kept_off:
+    if not kept_off:
         return {SIMULATE: "!no"}
     if len(kept_off) == len(nodes):
         logger.warning(

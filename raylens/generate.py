@@ -87,9 +87,9 @@ def simulate(
     manifest = dataset.read_manifest(uri)
     ready = time.perf_counter()
 
-    made_here = _Made()
-    for row in _stand_or_make(uri, plan, manifest, resources).iter_rows():
-        made_here.add(row)
+    made_here = Made()
+    for facts in _stand_or_make(uri, plan, manifest, resources).iter_rows():
+        made_here.add(facts)
         progress(made_here.num_images, plan.num_images, f"{len(made_here.entries)} of {plan.num_shards} shards")
     last = time.perf_counter()
     entries = [made_here.entries[dataset.shard_name(number)] for number in range(plan.num_shards)]
@@ -144,7 +144,7 @@ def estimate(uri: str, plan: Plan) -> Estimate:
     )
 
 
-class _Made:
+class Made:
     """What has come of the shards so far."""
 
     def __init__(self) -> None:
@@ -205,11 +205,11 @@ def _make_shards(
         for number in map(int, numbers["id"]):
             place = _stand_or_simulate(uri, plan, number, None if checksums is None else str(checksums[number]))
             if on_its_way is not None:
-                yield _row(*on_its_way.result(), cpu_seconds=time.process_time() - begun)
+                yield row(*on_its_way.result(), cpu_seconds=time.process_time() - begun)
                 begun = time.process_time()
             on_its_way = placing.submit(place)
         assert on_its_way is not None
-        yield _row(*on_its_way.result(), cpu_seconds=time.process_time() - begun)
+        yield row(*on_its_way.result(), cpu_seconds=time.process_time() - begun)
 
 
 def _stand_or_simulate(uri: str, plan: Plan, number: int, known: str | None) -> Callable[[], tuple[Found, bool]]:
@@ -229,7 +229,8 @@ def _simulate_rows(plan: Plan, rows: range) -> pa.Table:
     return pa.concat_tables(tables).combine_chunks()
 
 
-def _row(found: Found, made: bool, *, cpu_seconds: float) -> dict[str, list[Any]]:
+def row(found: Found, made: bool, *, cpu_seconds: float) -> dict[str, list[Any]]:
+    """Return what a task says of a shard that stands, as a batch of one row."""
     values = {
         **found.entry.as_dict(),
         "made": made,

@@ -250,19 +250,19 @@ def _set_aside(path: str, standing: bytes) -> bool:
 def _put_if(file_system: Any, path: str, content: bytes, standing: bytes | None) -> bool:
     """Put an S3 object on a condition: that there is none, or that it is the one with the tag of `standing`."""
     bucket, _, key = path.partition("/")
-    if standing is None:
-        condition = {"IfNoneMatch": "*"}
-    else:
-        tag = file_system.info(path)["ETag"]
-        if file_system.cat_file(path) != standing:
+    condition = {"IfNoneMatch": "*"}
+    if standing is not None:
+        try:
+            condition = {"IfMatch": file_system.info(path)["ETag"]}
+            if file_system.cat_file(path) != standing:
+                return False
+        except FileNotFoundError:
             return False
-        condition = {"IfMatch": tag}
     try:
         file_system.call_s3("put_object", Bucket=bucket, Key=key, Body=content, **condition)
-    except (FileExistsError, FileNotFoundError):
-        return False
     except OSError as error:
-        if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") not in ("PreconditionFailed", "412"):
+        code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+        if code not in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
             raise
         return False
     return True

@@ -3,6 +3,7 @@
 import os
 import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -42,6 +43,59 @@ def test_a_second_write_replaces_the_first(root):
 
     assert storage.read(uri) == b"new"
     assert storage.names(root) == {"file"}
+
+
+@pytest.mark.parametrize("standing", [None, b"damaged"])
+def test_of_many_conditional_writers_at_once_one_succeeds(root, standing):
+    """Two runs may make the same shard; which one stands must be settled, and both must know."""
+    uri = storage.join(root, "file")
+    contents = [bytes([k]) * 100_000 for k in range(8)]
+    storage.write(storage.join(root, "other"), b"x")
+    if standing is not None:
+        storage.write(uri, standing)
+
+    with ThreadPoolExecutor(8) as pool:
+        succeeded = list(pool.map(lambda content: storage.write_if(uri, content, standing=standing), contents))
+
+    assert sum(succeeded) == 1
+    assert storage.read(uri) == contents[succeeded.index(True)]
+    assert storage.names(root) == {"file", "other"}
+
+
+def test_a_conditional_write_leaves_what_it_did_not_expect(root):
+    """A sound shard that another run has put there is never replaced."""
+    uri = storage.join(root, "file")
+    storage.write(uri, b"sound")
+
+    assert not storage.write_if(uri, b"mine", standing=None)
+    assert not storage.write_if(uri, b"mine", standing=b"damaged")
+
+    assert storage.read(uri) == b"sound"
+    assert storage.names(root) == {"file"}
+
+
+def test_a_file_that_is_gone_meanwhile_is_not_replaced(root):
+    """Whoever took it away will say why; the writer looks again."""
+    uri = storage.join(root, "file")
+    storage.write(storage.join(root, "other"), b"x")
+
+    assert not storage.write_if(uri, b"mine", standing=b"damaged")
+    assert storage.read_if_there(uri) is None
+
+
+def test_what_a_killed_writer_left_is_removed_once_it_is_old(tmp_path):
+    """Not sooner: another run may be writing it just now."""
+    left, fresh, kept = (
+        tmp_path / name for name in (".part-00000.parquet.0123abcd.tmp", ".b.tmp", "part-00000.parquet")
+    )
+    for path in (left, fresh, kept):
+        path.write_bytes(b"x")
+    os.utime(left, (0, 0))
+    os.utime(kept, (0, 0))
+
+    storage.remove_unfinished(str(tmp_path))
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == [fresh.name, kept.name]
 
 
 def test_names_are_those_directly_below(root):

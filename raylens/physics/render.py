@@ -54,8 +54,8 @@ class Lenses(NamedTuple):
 
 
 def processor() -> str:
-    """Return the kind of this machine's processor, which decides the last bits of an image."""
-    return str(binding.get_host_cpu_name())
+    """Return the kind of processor for which the kernel is compiled, which decides the last bits of an image."""
+    return str(numba.config.CPU_NAME or binding.get_host_cpu_name())  # type: ignore[attr-defined]
 
 
 def num_border_pixels(*, psf_sigma: float, pixel_scale: float) -> int:
