@@ -126,8 +126,10 @@ def empty_shards(num_shards: int, shards_per_task: int) -> dict[str, float]:
     made = generate.Made()
     numbers = ray.data.range(num_shards, override_num_blocks=-(-num_shards // shards_per_task))
     num_before, started, cpu_started = 0, 0.0, 0.0
-    for row in numbers.map_batches(make_nothing, batch_size=None).iter_rows():
-        made.add(row)
+    rows = numbers.map_batches(make_nothing, batch_size=None)
+    for task in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for facts in task.to_pylist():
+            made.add(facts)
         if num_before == 0 and len(made.entries) >= num_shards // 10:  # by now workers run
             num_before, started, cpu_started = len(made.entries), time.perf_counter(), time.process_time()
     counted = num_shards - num_before
