@@ -320,7 +320,7 @@ class _Meter:
     def __init__(self, stage: str, unit: str) -> None:
         self.stage, self.unit = stage, unit
         self.begun = self.told = time.perf_counter()
-        self.lately = deque([(self.begun, 0)], maxlen=50)  # when how much was done
+        self.lately: deque[tuple[float, int]] = deque(maxlen=50)  # when how much was done
         self.live = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int, detail: str = "") -> None:
@@ -330,12 +330,10 @@ class _Meter:
         if _Talk.quiet or (now - self.told < pause and done < total):
             return
         self.told = now
-        since, before = self.lately[0]
+        # At the first word, and of the whole in the end, what counts is the time since the beginning.
+        since, before = self.lately[0] if 1 < len(self.lately) and done < total else (self.begun, 0)
         rate = (done - before) / (now - since)
-        if done == total:
-            rate, left = done / (now - self.begun), f"in {_duration(now - self.begun)}"
-        else:
-            left = f"{_duration((total - done) / rate)} left" if rate else ""
+        left = f"{_duration((total - done) / rate)} left" if done < total and rate else f"in {_duration(now - since)}"
         line = f"{self.stage:24} {done:9,} of {total:,} {self.unit}  {detail}  {rate:9,.0f}/s  {left}"
         end = "\n" if done == total or not self.live else ""
         print(f"\r\x1b[K{line}" if self.live else line, end=end, file=sys.stderr, flush=True)
