@@ -331,7 +331,7 @@ class _Meter:
             return
         self.told = now
         # At the first word, and of the whole in the end, what counts is the time since the beginning.
-        since, before = self.lately[0] if 1 < len(self.lately) and done < total else (self.begun, 0)
+        since, before = self.lately[0] if len(self.lately) > 1 and done < total else (self.begun, 0)
         rate = (done - before) / (now - since)
         left = f"{_duration((total - done) / rate)} left" if done < total and rate else f"in {_duration(now - since)}"
         line = f"{self.stage:24} {done:9,} of {total:,} {self.unit}  {detail}  {rate:9,.0f}/s  {left}"
