@@ -183,6 +183,23 @@ def verify(dataset: Annotated[str, typer.Argument(help="the dataset", show_defau
 
 
 @app.command()
+def export(
+    dataset: Annotated[str, typer.Argument(help="the dataset", show_default=False)],
+    index: Annotated[
+        str,
+        typer.Option(
+            "--index", metavar="A:B", help="from A up to but not with B; A:, :B, or A alone", show_default=False
+        ),
+    ],
+    to: Annotated[str, typer.Option("--to", help="the file, ending in .fits", show_default=False)],
+) -> None:
+    """Write some images of a dataset to a FITS file, with coordinates and the truth in their headers."""
+    from raylens import export as exports
+
+    _finish(**asdict(exports.export(dataset, to, index=index)))
+
+
+@app.command()
 def train(
     network: Annotated[str, typer.Argument(help="n-cnn or alpha-cnn", show_default=False)],
     data: Data,

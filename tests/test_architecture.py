@@ -15,7 +15,7 @@ PACKAGE = Path(raylens.__file__).parent
 ORDER = [
     "config", "image", "storage", "recipes",
     "physics.cosmology", "physics.lenses", "physics.subhalos", "physics.render", "physics.reference",
-    "simulate", "shards", "dataset", "card", "illustrate", "cluster", "generate",
+    "simulate", "shards", "dataset", "export", "card", "illustrate", "cluster", "generate",
     "models", "metrics", "learning", "train", "tune", "predict", "evaluate", "paper", "figures", "report",
     "reproduce", "doctor", "cli", "__main__",
 ]  # fmt: skip
