@@ -1,8 +1,9 @@
 """Many blocks of lenses, into Parquet, with Ray Data: a task makes a few shards.
 
 A task finds a shard sound or makes it, writes it itself, and returns only what the manifest and the
-card are to know; no image passes through the driver or the object store. What a task makes is a
-function of the plan and the shard's number, so retries and reruns cannot change a byte.
+card are to know; no image passes through the object store, and through the driver only those of the
+contact sheet's shard. What a task makes is a function of the plan and the shard's number, so retries
+and reruns cannot change a byte.
 """
 
 from __future__ import annotations
@@ -97,9 +98,10 @@ def simulate(
         progress(made_here.num_images, plan.num_images, f"{len(made_here.entries)} of {plan.num_shards} shards")
     last = time.perf_counter()
     entries = [made_here.entries[dataset.shard_name(number)] for number in range(plan.num_shards)]
-    if manifest is None or entries != manifest.shards:
+    described = {"README.md", "contact-sheet.png", "illustration.json"} <= storage.names(uri)
+    if manifest is None or entries != manifest.shards or not described:
         storage.write(storage.join(uri, "illustration.json"), illustrate.illustration(simulation))
-        storage.write(storage.join(uri, "README.md"), card.card(plan, entries, made_here.statistics))
+        card.write(uri, plan, entries, made_here.statistics, made_here.processors)
     dataset.finish(uri, plan, entries, made_here.processors)
     storage.remove_unfinished(uri)
     ended = time.perf_counter()

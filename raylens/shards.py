@@ -70,10 +70,12 @@ class Statistics:
     def of(cls, values: np.ndarray) -> Self:
         """Return the statistics of an array of numbers, of any shape but an empty one."""
         values = values if np.issubdtype(values.dtype, np.floating) else values.astype(np.float64)
-        mean = float(values.mean(dtype=np.float64))
-        deviations = (values - values.dtype.type(mean)).reshape(-1)
-        squares = float(np.dot(deviations, deviations))
-        return cls(values.size, mean, squares, float(values.min()), float(values.max()))
+        low, high = float(values.min()), float(values.max())
+        # Rounding may put the mean of equal values beside them, and they would seem to vary.
+        mean = min(max(float(values.mean(dtype=np.float64)), low), high)
+        # Not by np.dot, whose last bits, which a shard holds, depend on the number of BLAS's threads.
+        squares = float(np.square(values - values.dtype.type(mean)).sum(dtype=np.float64))
+        return cls(values.size, mean, squares, low, high)
 
     @property
     def sd(self) -> float:
@@ -99,7 +101,7 @@ class Provenance:
     made_from: dict[str, Any]  # simulator_version, split, simulation, columns
     processor: str  # the kind that rendered it: last bits differ between them
     pyarrow: str  # version of what wrote the file
-    statistics: dict[str, Statistics]  # of each column of numbers
+    statistics: dict[str, Statistics]  # of each column; of all its values, where it holds lists
 
 
 def schema(simulation: Simulation) -> pa.Schema:
@@ -275,8 +277,13 @@ def difference(there: Any, here: Any, where: str = "") -> str:
 
 
 def _statistics(table: pa.Table) -> dict[str, Statistics]:
-    columns = {name: table[name].to_numpy() for name in table.column_names if name not in ("image", *CATALOGUE)}
-    return {"image": Statistics.of(images(table)), **{name: Statistics.of(of) for name, of in columns.items()}}
+    def values(name: str) -> np.ndarray:
+        if name == "image":
+            return images(table)
+        column = table[name].combine_chunks()
+        return (column.flatten() if name in CATALOGUE else column).to_numpy()
+
+    return {name: Statistics.of(values(name)) for name in table.column_names}
 
 
 def _provenance(metadata: dict[bytes, bytes] | None) -> Provenance:

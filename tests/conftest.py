@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
 import pytest
 import s3fs
 
-from raylens import dataset, shards, storage
+from raylens import card, dataset, shards, storage
 from raylens.config import Simulation
 from raylens.simulate import simulate_block
 
@@ -154,11 +156,12 @@ def tiny() -> Simulation:
 
 @pytest.fixture(scope="session")
 def make_dataset() -> Callable[..., str]:
-    """Make a complete dataset without Ray, and return its URI."""
+    """Make a complete dataset without Ray, and return its URI; with a card, which takes as long as all else."""
 
     def make(
-        root: Path | str, simulation: Simulation, num_images: int = 10, shard_size: int = 4, split: str = "train"
-    ) -> str:
+        root: Path | str, simulation: Simulation, num_images: int = 10, shard_size: int = 4, split: str = "train",
+        with_card: bool = False,
+    ) -> str:  # fmt: skip
         uri = dataset.location(str(root), recipe="tiny", split=split, simulation=simulation)
         plan = dataset.plan_for(
             uri, recipe="tiny", split=split, simulation=simulation, num_images=num_images, shard_size=shard_size
@@ -169,7 +172,12 @@ def make_dataset() -> Callable[..., str]:
             table = shards.to_table(simulate_block(simulation, plan.rows(number), split), simulation)
             content = shards.encode(table, simulation, split, "any")
             found.append(dataset.place_shard(uri, plan, number, content, None)[0])
-        dataset.finish(uri, plan, [shard.entry for shard in found], {"any"})
+        entries = [shard.entry for shard in found]
+        if with_card:
+            parts = [shard.provenance.statistics for shard in found]
+            whole = {name: reduce(add, (part[name] for part in parts)) for name in parts[0]}
+            card.write(uri, plan, entries, whole, {"any"})
+        dataset.finish(uri, plan, entries, {"any"})
         return uri
 
     return make

@@ -6,10 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-import duckdb
 import numpy as np
-import pandas as pd
-import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
@@ -94,31 +91,6 @@ def test_images_of_slices_and_of_no_rows_have_their_shape(complete):
     np.testing.assert_array_equal(shards.images(table.slice(1, 2)), shards.images(table)[1:3])
     assert shards.images(table.slice(0, 0)).shape == (0, 8, 8)
     assert shards.images(table.schema.empty_table()).shape == (0, 8, 8)
-
-
-def test_others_read_a_shard_and_see_the_shape_of_its_images(complete, simulation):
-    """Nobody should need raylens, or Arrow, to look at our data."""
-    path = str(shard_path(complete, 0))
-    expected = simulate_block(simulation, range(4))["image"]
-
-    with_duckdb = duckdb.sql(f"SELECT image FROM '{path}' ORDER BY index").fetchall()
-    with_polars = pl.read_parquet(path)
-    with_pandas = pd.read_parquet(path)
-
-    np.testing.assert_array_equal(np.array([row[0] for row in with_duckdb], np.float32), expected)
-    np.testing.assert_array_equal(with_polars["image"].to_numpy(), expected)
-    np.testing.assert_array_equal(np.array([np.stack(image) for image in with_pandas["image"]]), expected)
-    assert with_polars.schema["image"] == pl.Array(pl.Float32, (8, 8))
-    assert with_polars["subhalos_mass"].list.len().to_list() == with_pandas["num_subhalos"].to_list()
-
-
-def test_duckdb_answers_questions_about_a_whole_dataset(complete):
-    """The shards are one table to whoever reads part-*.parquet, as the dataset card says."""
-    counted = duckdb.sql(
-        f"SELECT count(*), min(index), max(index), sum(len(subhalos_x) - num_subhalos) FROM '{complete}/*.parquet'"
-    )
-
-    assert counted.fetchall() == [(10, 0, 9, 0)]
 
 
 def test_columns_of_the_whole_dataset_come_in_the_order_of_the_rows(complete, simulation):
