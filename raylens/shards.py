@@ -119,6 +119,9 @@ def schema(simulation: Simulation) -> pa.Schema:
         field("image", image, unit, "pixels [row, column]; y grows with row and x with column"),
         *(field(name, *about) for name, about in TRUTH.items()),
     ]
+    if not isinstance(simulation.source.sigma, float):
+        # A row says all that its image shows and the simulation does not.
+        fields.append(field("source_sigma", pa.float64(), "arcsec", "standard deviation of the source's light"))
     if simulation.output.catalogue:
         values = pa.list_(pa.field("element", pa.float64(), nullable=False))
         fields += [field(name, values, *about) for name, about in CATALOGUE.items()]

@@ -85,6 +85,7 @@ def simulate_block(
             for name in ("theta_E", "q", "phi", "x", "y", "z_lens", "z_source", "sigma_v", "lens_mass")
         },
         "subhalo_mass": draws.sum_over_subhalos(draws.subhalos_mass),
+        "source_sigma": draws.source_sigma,
     }
     if simulation.output.catalogue:
         names = ("subhalos_x", "subhalos_y", "subhalos_mass", "subhalos_theta_E", "first_subhalo")

@@ -163,15 +163,16 @@ def rows_of(uri: str) -> list[dict[str, Any]]:
     return [row for shard in dataset.Dataset.open(uri).shard_uris for row in pq.read_table(shard).to_pylist()]
 
 
+@pytest.mark.parametrize("source_sigma", [0.9, {"uniform": [0.5, 1.0]}], ids=["one source", "varied sources"])
 @pytest.mark.parametrize("recipe", ["paper-fixed", "paper-fixed-coarse", "paper-varied"])
-def test_lenstronomy_renders_an_image_again_from_its_row(make_dataset, tmp_path, recipe):
+def test_lenstronomy_renders_an_image_again_from_its_row(make_dataset, tmp_path, recipe, source_sigma):
     """The catalogue is worth storing if it is the truth: all of it, in these units, and in the row of its image."""
     bare = {"camera.signal_to_noise": None, "camera.normalise": False, "output.catalogue": True}
-    simulation = recipes.load(recipe).override(bare).simulation
+    simulation = recipes.load(recipe).override(bare | {"source.sigma": source_sigma}).simulation
     rows = rows_of(make_dataset(tmp_path, simulation, num_images=3, shard_size=2))
 
     for row in rows:
-        again = image_of(row, camera=simulation.camera, source_sigma=0.9)
+        again = image_of(row, camera=simulation.camera, source_sigma=row.get("source_sigma", 0.9))
 
         np.testing.assert_allclose(np.array(row["image"]), again, rtol=0, atol=1e-5 * again.max())
 
