@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     _Talk.quiet, _Talk.debug, _Talk.out = "--quiet" in words, "--debug" in words, sys.stdout
     logging.basicConfig(level=logging.DEBUG if _Talk.debug else logging.WARNING, format="%(name)s: %(message)s")
+    # At DEBUG it writes each request's headers, with the session token and a signature that can be used again.
+    logging.getLogger("botocore").setLevel(logging.INFO)
     try:
         # Ray prints warnings of its own, at any time; standard output is for ours.
         with nullcontext() if "--help" in words else redirect_stdout(sys.stderr):

@@ -8,6 +8,7 @@ in the end is one StorageError that says where and why, and holds no secret.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -19,6 +20,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import fsspec
 import pyarrow.fs
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -96,6 +99,7 @@ def _persistent(verb: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[
                     if explained is None:
                         raise
                     raise explained from error
+                logger.info("trying again  uri=%s seconds=%.1f error=%s", uri, tried, error)
             time.sleep(0.5)
 
     return persisting

@@ -198,6 +198,33 @@ def test_an_interrupted_run_is_finished_when_the_server_is_back(interrupted, s3,
     assert contents(uri) == contents(local)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("faults", "told"),
+    [
+        (Faults(unavailable=1), r"answers 503"),
+        (Faults(dropped=1), r"closes connections without an answer"),
+        (Faults(lost=1), r"closes connections without an answer"),
+        (Faults(cut=1), r"breaks off in the middle of its answers"),
+        (Faults(stalled=1, stall=300), r"does not answer"),
+    ],
+    ids=KINDS,
+)
+def test_a_server_that_only_fails_is_told_of_with_what_it_does(faults, told, s3, surroundings):
+    """Within a minute or so: all of them would otherwise be a run that hangs, or `OSError: please try again`."""
+    storage.write(f"{s3}/stands", b"what stands")
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], faults) as proxy:
+        surroundings(AWS_ENDPOINT_URL=proxy.endpoint)
+        begun = time.monotonic()
+
+        with pytest.raises(
+            storage.StorageError, match=f"^{s3}/stands: the S3 server at {proxy.endpoint} {told}.*later.$"
+        ):
+            storage.read(f"{s3}/stands")
+
+    assert 20 < time.monotonic() - begun < 90
+
+
 def read_with_arrow(uri: str) -> pa.Table:
     file_system, path = storage.arrow_file_system(uri)
     folder = file_system.get_file_info(pa.fs.FileSelector(path))
@@ -234,6 +261,9 @@ VERBS = {
     "verify": ("verify", "{place}"),
     "train on": ("train", "n-cnn", "--data", "{place}", "--to", "{root}/run"),
     "train to": ("train", "n-cnn", "--data", "{data}", "--to", "{place}"),
+    "evaluate": ("evaluate", "--n-cnn", "{place}", "--alpha-cnn", "{place}", "--data", "{data}", "--to", "{root}/r"),
+    "export": ("export", "{place}", "--index", "0:2", "--to", "{root}/images.fits"),
+    "export to": ("export", "{data}", "--index", "0:2", "--to", "{place}/images.fits"),
     "report": ("report", "{place}/results.json", "--to", "{root}/report.html"),
     "reproduce": ("reproduce", "smoke", "--to", "{place}"),
 }  # fmt: skip
@@ -304,13 +334,15 @@ def test_the_secret_is_nowhere_after_a_run_that_failed(interrupted):
     assert where(run.ray_folder, run.traces) >= {"processes", "Ray's files"}
 
 
-def test_the_secret_is_nowhere_after_a_run_whose_secret_was_wrong(s3, cli, recipe):
-    """Then it is most likely another server's, and looked for with --debug."""
-    wrong = f"planted-{uuid.uuid4().hex}"
+def test_no_credentials_are_anywhere_after_a_run_whose_credentials_were_wrong(s3, cli, recipe):
+    """Then they are most likely another server's, and looked for with --debug."""
+    wrong, token = f"planted-{uuid.uuid4().hex}", f"planted-token-{uuid.uuid4().hex}"
+    credentials = {"AWS_SECRET_ACCESS_KEY": wrong, "AWS_SESSION_TOKEN": token}
 
-    run = observe(cli, *command(recipe, f"{s3}/refused"), "--debug", AWS_SECRET_ACCESS_KEY=wrong)
+    run = observe(cli, *command(recipe, f"{s3}/refused"), "--debug", **credentials)
 
     assert run.ran.returncode == 1
     assert "S3 refuses these credentials" in run.ran.stderr
-    assert where(wrong, run.traces) == where(os.environ["AWS_SECRET_ACCESS_KEY"], run.traces) == set()
+    assert where(wrong, run.traces) == where(token, run.traces) == set()
+    assert "Credential=" not in run.ran.stderr  # a signed request can be sent again for a quarter of an hour
     assert where(f"{s3}/refused", run.traces) == {"output", "processes"}
