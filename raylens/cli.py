@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     _Talk.quiet, _Talk.debug, _Talk.out = "--quiet" in words, "--debug" in words, sys.stdout
     logging.basicConfig(level=logging.DEBUG if _Talk.debug else logging.WARNING, format="%(name)s: %(message)s")
+    # At DEBUG it writes each request's headers, with the session token and a signature that can be used again.
+    logging.getLogger("botocore").setLevel(logging.INFO)
     try:
         # Ray prints warnings of its own, at any time; standard output is for ours.
         with nullcontext() if "--help" in words else redirect_stdout(sys.stderr):
@@ -423,12 +425,15 @@ def _explanation(error: BaseException) -> str:
         failures = getattr(link, "worker_failures", None)
         link = next(iter(failures.values())) if failures else getattr(link, "cause", None) or link.__cause__
     for link in chain:
-        if isinstance(link, (ValueError, OSError, MemoryError)) and str(link) and not hasattr(link, "worker_failures"):
-            return " ".join(str(link).split())
-    # Of what fails in a task of Ray Data only the text arrives, with the traceback.
+        # What wraps another may be of that one's type too, but its text is a traceback.
+        wraps = hasattr(link, "cause") or hasattr(link, "worker_failures")
+        if isinstance(link, (ValueError, OSError, MemoryError)) and str(link) and not wraps:
+            text, _, _ = str(link).partition("\nFailed to apply UDF transform")  # Ray Data's advice on retries
+            return " ".join(text.split())
+    # Of what fails in a task of Ray Data only the text arrives, with the traceback; the last in it was raised last.
     kinds = r"raylens\.storage\.StorageError|ValueError|MemoryError|OSError"
-    told = re.search(rf"^(?:{kinds}): (.+)$", str(error), re.MULTILINE)
+    told = re.findall(rf"^(?:{kinds}): (.+)$", str(error), re.MULTILINE)
     if told:
-        return told[1]
+        return told[-1]
     first = str(chain[-1]).strip().splitlines()
     return f"{type(chain[-1]).__name__}: {first[0] if first else 'no message'} (--debug shows where)"

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def s3(tmp_path_factory) -> Iterator[str]:
     environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3.port']}",
         "AWS_ACCESS_KEY_ID": "raylens-tests",
-        "AWS_SECRET_ACCESS_KEY": "not-a-secret",
+        "AWS_SECRET_ACCESS_KEY": f"planted-secret-{uuid.uuid4().hex}",  # to be found wherever it should not be
         "AWS_REGION": "us-east-1",
     }
     before = {name: os.environ.get(name) for name in environment}
@@ -60,7 +61,7 @@ def s3(tmp_path_factory) -> Iterator[str]:
             _wait_for_bucket(server, folder / "log")
             yield "s3://bucket"
         finally:
-            server.terminate()
+            server.kill()  # its data are thrown away, and it would take ten seconds to go
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
