@@ -49,9 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
         # Ray prints warnings of its own, at any time; standard output is for ours.
         with nullcontext() if "--help" in words else redirect_stdout(sys.stderr):
             status = app([word for word in words if word not in ("--quiet", "--debug")], standalone_mode=False)
+        if status == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; run the same command again to go on.")
+        # Only train takes care not to go on unasked.
+        how = "with --resume" if "train" in words and "--resume" not in words else "again"
+        return _fail(f"interrupted; run the same command {how} to go on.")
     except Exception as error:
         if _Talk.debug:
             raise

@@ -216,6 +216,25 @@ def test_what_fails_in_a_worker_is_one_line_too(main, half, tiny, tmp_path, ray_
     assert not (Path(half) / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "how"),
+    [
+        (("show", "smoke"), "again"),
+        (("train", "n-cnn", "--data", "d", "--to", "r", "--recipe", "smoke"), "with --resume"),
+        (("train", "n-cnn", "--data", "d", "--to", "r", "--recipe", "smoke", "--resume"), "again"),
+    ],
+)
+def test_an_interruption_says_how_to_go_on(main, monkeypatch, words, how):
+    """A run that stands is refused without --resume; the other verbs go on by themselves."""
+
+    def interrupted(recipe):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "load", interrupted)
+
+    assert_refused(main(*words), f"^error: interrupted; run the same command {how} to go on\\.$")
+
+
 def test_debug_shows_where_it_failed(main):
     """One line is for whoever made a mistake; for ours one needs the place."""
     with pytest.raises(ValueError, match="smok is no recipe"):
