@@ -295,11 +295,15 @@ def reproduce(recipe: Recipe, to: To) -> None:
 
 
 @app.command()
-def doctor() -> int:
-    """Say what this machine and this cluster can do."""
+def doctor(
+    place: Annotated[
+        str | None, typer.Argument(help="a local path or s3://bucket/prefix to try to write", show_default=False)
+    ] = None,
+) -> int:
+    """Say what this machine and this cluster can do, and whether a place can be written."""
     from raylens import doctor as practice
 
-    findings = practice.examine()
+    findings = practice.examine(place)
     for finding in findings:
         _say(f"{'ok ' if finding.fine else 'BAD'}  {finding.name:11} {finding.detail}")
     _finish(**{finding.name: {"fine": finding.fine, "detail": finding.detail} for finding in findings})
