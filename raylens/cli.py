@@ -289,7 +289,7 @@ def reproduce(recipe: Recipe, to: To) -> None:
 
     facts = reproduction.reproduce(experiment, to, begin=begin)
     for name, value in facts["metrics"].items():
-        _say(f"{name:15} {value:.4g}")
+        _say(f"{name:15} {_number(value, '.4g')}")
     _say(f"report          {facts['report']}")
     _finish(**facts)
 
@@ -362,7 +362,7 @@ class _Epochs:
         print(
             f"{self.network:10} epoch {record['epoch']} of {self.num_epochs}  loss {record['train_loss']:.4f}  "
             f"validation: loss {record['validation_loss']:.4f}, RMSE {record['validation_rmse']:.4g}, "
-            f"gradient {record['validation_gradient']:.3f}  "
+            f"gradient {_number(record['validation_gradient'], '.3f')}  "
             f"{record['images_per_second']:,.0f} images/s  {_duration(left)} left",
             file=sys.stderr,
         )
@@ -380,6 +380,11 @@ def _changes(settings: list[str] | None) -> dict[str, Any]:
         except ValueError:
             changes[key] = text
     return changes
+
+
+def _number(value: float | None, digits: str) -> str:
+    """Return a number as people read it; a dash for what is not defined, as a gradient where the truth is held."""
+    return "-" if value is None else format(value, digits)
 
 
 def _duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from raylens import models, recipes, storage
+from raylens import models, recipes, reproduce, storage
 from raylens.config import Model, Training
 
 
@@ -52,14 +52,19 @@ def make_run(run: Path, network: str, num_pixels: int) -> str:
         num_subhalos_scaling=scaling,
         baselines=models.Baselines(constant=1.0, num_subhalos=[1.0], target_of_num_subhalos=[1.0]),
         recipe="tiny", dataset="nowhere", dataset_digest="00000000", validation_dataset=None, num_training_images=1,
-        num_validation_images=1, num_workers=1, num_threads=1, device="cpu", epoch=1, seconds=1.0, versions={},
-        metrics={"epoch": 1, "validation_loss": 1.0, "validation_rmse": 1.0, "images_per_second": 1.0, "seconds": 1.0},
+        num_validation_images=1, num_workers=1, num_threads=1, device="cpu", epoch=1, seconds=1.0,
+        cpu_seconds=1.0, gpu_seconds=0.0, versions={},
+        metrics={
+            "epoch": 1, "train_loss": 1.0, "validation_loss": 1.0, "validation_rmse": 1.0, "validation_gradient": None,
+            "validation_bias": 0.0, "num_threads": 1, "images_per_second": 1.0, "seconds": 1.0, "elapsed": 1.0,
+        },
     )  # fmt: skip
     models.save(str(run), safetensors.torch.save(models.build(card).state_dict()), card)
     return str(run)
 
 
 SIMULATE = ("simulate", "smoke", "--to", "{root}")
+TRAIN = ("train", "n-cnn", "--recipe", "smoke")
 EVALUATE = ("evaluate", "--alpha-cnn", "{root}/a8", "--to", "{root}/r.json")
 
 
@@ -186,6 +191,33 @@ def test_s3_that_cannot_be_reached_is_one_line(
     assert_refused(ran, "check AWS_ENDPOINT_URL" if credentials else "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     assert s3 in ran.errors[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_doctor_tries_the_place_it_is_given_and_no_other(main, s3, surroundings, dead_endpoint, tmp_path, ray_cluster):
+    """Credentials are often good for one bucket only, and come from more places than variables."""
+    (tmp_path / "file").write_text("x")
+
+    found = main("doctor", f"{s3}/new")
+    blocked = main("doctor", str(tmp_path / "file"))
+    surroundings(AWS_ENDPOINT_URL=dead_endpoint)
+    dead, untried = main("doctor", f"{s3}/new"), main("doctor")
+
+    assert found.facts["storage"]["detail"] == f"{s3}/new can be written"
+    assert_refused(blocked, r"^error: storage: .*/file cannot be written: file exists")
+    assert_refused(dead, r"^error: storage: s3://bucket/new cannot be written: no S3 server answers")
+    assert found.returncode == untried.returncode == 0
+    assert "raylens doctor s3://bucket/prefix" in untried.facts["storage"]["detail"]
+
+
+def test_a_measure_that_is_not_defined_is_a_dash(main, monkeypatch):
+    """Where a recipe holds alpha, its gradient is not; and a format error would come after hours."""
+    metrics = {"n_gradient": 0.97123, "alpha_gradient": None}
+    monkeypatch.setattr(reproduce, "reproduce", lambda *words, **options: {"metrics": metrics, "report": "r.html"})
+
+    ran = main("reproduce", "smoke", "--to", "root")
+
+    assert ran.stdout.splitlines()[:2] == ["n_gradient      0.9712", "alpha_gradient  -"]
+    assert ran.facts["metrics"] == metrics
 
 
 def test_a_process_of_its_own_says_the_same(cli, tmp_path):
