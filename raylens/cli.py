@@ -242,7 +242,6 @@ def evaluate(
     true_n: Annotated[bool, typer.Option("--true-n", help="also give the alpha-CNN the true N (table 4)")] = False,
 ) -> None:
     """Test two trained networks as section 3 of the paper does."""
-    started = time.perf_counter()
     storage.check_writable(storage.absolute(to).rpartition("/")[0])
     from raylens import evaluate as evaluation
 
@@ -251,9 +250,9 @@ def evaluate(
     )
     storage.write(to, json.dumps(results) + "\n")
     num_images = sum(entry["num_images"] for entry in results["datasets"])
-    seconds = time.perf_counter() - started
-    _finish(results=storage.absolute(to), metrics=evaluation.headline(results), num_images=num_images, seconds=seconds,
-            images_per_second=num_images / seconds)  # fmt: skip
+    _finish(
+        results=storage.absolute(to), metrics=evaluation.headline(results), num_images=num_images, **results["cost"]
+    )
 
 
 @app.command()

@@ -194,7 +194,7 @@ def _in_short(results: dict[str, Any], tables: dict[str, paper.Table]) -> str:
         ratios = ", ".join(f"{ours / value:.2f} × {other}" for other, value in others.items() if value)
         short.append(f"Our RMSE of {network.symbol} is {ratios}.")
         variance = entry["baselines"][constant]["rmse"] ** 2 - entry["baselines"][constant]["bias"] ** 2
-        if variance > 0:
+        if entry[name]["gradient"] is not None and variance > 0:
             best.append(f"{_plain(1 - ours**2 / variance, 3)} for {network.symbol}")
     return (
         f"<p>{' '.join(short)}</p>"
@@ -382,13 +382,14 @@ def _training(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _cost(results: dict[str, Any]) -> str:
-    """Return the stages of `raylens reproduce`, or what the runs and the predictions themselves remember."""
+    """Return the stages of `raylens reproduce`, or what the runs and the evaluation themselves remember."""
+    keys = ("seconds", "cpu_seconds", "gpu_seconds")
     stages = results.get("stages") or [
         *(
-            {**card["metrics"], "stage": f"train {card['network']}", "seconds": card["seconds"]}
+            {**card["metrics"], "stage": f"train {card['network']}", **{key: card.get(key) for key in keys}}
             for card in (results["n_cnn"], results["alpha_cnn"])
         ),
-        *({**entry, "stage": f"predict {entry['split']}"} for entry in results["datasets"]),
+        {"stage": "evaluate", **results.get("cost", {})},
     ]
     times = {"seconds": "Time", "cpu_seconds": "CPU time", "gpu_seconds": "GPU time"}
     times = {key: title for key, title in times.items() if any(stage.get(key) for stage in stages)}
