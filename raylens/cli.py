@@ -195,7 +195,7 @@ def train(
         str | None, typer.Option(help="the dataset to validate on; a held-out tenth", show_default=False)
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="whose settings; those of the dataset's recipe", show_default=False)
+        str | None, typer.Option(help="whose settings; the dataset's recipe, if that has a name", show_default=False)
     ] = None,
     settings: Set = None,
     num_workers: Annotated[int, typer.Option(min=1, help="how many train together")] = 1,
@@ -207,8 +207,12 @@ def train(
     from raylens import dataset as datasets
 
     name = recipe or datasets.read_plan(storage.absolute(data)).recipe
-    # A dataset made from someone's own file is no recipe here: then the paper's settings serve.
-    experiment = recipes.load(name) if recipe or name in recipes.RECIPES else recipes.paper_fixed()
+    if not recipe and name not in recipes.RECIPES:
+        raise ValueError(
+            f"{data} was made from a recipe file, {name}, which also says how to train; pass it with --recipe FILE, "
+            "or --recipe paper-fixed for the paper's settings."
+        )
+    experiment = recipes.load(name)
     chosen = experiment.n_cnn if network == "n-cnn" else experiment.alpha_cnn
     changes = _changes(settings)
     for key in changes:
@@ -223,7 +227,7 @@ def train(
         to,
         data=data,
         validation=validation,
-        recipe=name,
+        recipe=experiment.name,
         num_workers=num_workers,
         resume=resume,
         progress=meter,

@@ -93,17 +93,18 @@ EVALUATE = ("evaluate", "--alpha-cnn", "{root}/a8", "--to", "{root}/r.json")
         (("simulate", "smoke", "--to", "gs://bucket"), r"only local paths and s3:// are known"),
         (("verify", "{root}"), r"is no dataset.*raylens simulate RECIPE --to ROOT"),
         (("verify", "{half}"), r"no manifest, and 4 of 5 shards.*raylens simulate"),
-        (("train", "n-cnn", "--data", "{root}/none", "--to", "{root}/run"), r"is no dataset"),
-        (("train", "n-cnn", "--data", "{half}", "--to", "{root}/run"), r"4 of 5 shards.*raylens simulate"),
-        (("train", "n-cnn", "--data", "{data}", "--validation", "{half}", "--to", "{root}/run"), r"no manifest"),
-        (("train", "n-cnn", "--data", "{data}", "--to", "{root}/n8"), r"stands already; go on with --resume"),
-        (("train", "n-cnn", "--data", "{data}", "--to", "{root}/notes.toml/run"), r"notes\.toml/run: not a directory"),
+        (("train", "n-cnn", "--data", "{data}", "--to", "{root}/run"), r"from a recipe file, tiny, .* --recipe FILE"),
+        ((*TRAIN, "--data", "{root}/none", "--to", "{root}/run"), r"is no dataset"),
+        ((*TRAIN, "--data", "{half}", "--to", "{root}/run"), r"4 of 5 shards.*raylens simulate"),
+        ((*TRAIN, "--data", "{data}", "--validation", "{half}", "--to", "{root}/run"), r"no manifest"),
+        ((*TRAIN, "--data", "{data}", "--to", "{root}/n8"), r"stands already; go on with --resume"),
+        ((*TRAIN, "--data", "{data}", "--to", "{root}/notes.toml/run"), r"notes\.toml/run: not a directory"),
         (
-            ("train", "n-cnn", "--data", "{data}", "--to", "{root}/run", "--set", "training.num_epoch=3"),
+            (*TRAIN, "--data", "{data}", "--to", "{root}/run", "--set", "training.num_epoch=3"),
             r"did you mean training\.num_epochs\?",
         ),
         (
-            ("train", "n-cnn", "--data", "{data}", "--to", "{root}/run", "--set", "model.filters=[4,4,4,4,4]"),
+            (*TRAIN, "--data", "{data}", "--to", "{root}/run", "--set", "model.filters=[4,4,4,4,4]"),
             r"8 x 8|pixels",
         ),
         (
@@ -174,7 +175,7 @@ def test_a_line_that_is_not_understood_is_wrong_usage(main, tmp_path, words, adv
 @pytest.mark.parametrize("words", [
     ("simulate", "smoke", "--to", "{bucket}/new"),
     ("verify", "{bucket}/new"),
-    ("train", "n-cnn", "--data", "{data}", "--to", "{bucket}/run"),
+    (*TRAIN, "--data", "{data}", "--to", "{bucket}/run"),
 ], ids=" ".join)  # fmt: skip
 @pytest.mark.parametrize("credentials", [True, False], ids=["dead endpoint", "no credentials"])
 def test_s3_that_cannot_be_reached_is_one_line(
@@ -422,7 +423,8 @@ def test_a_dataset_is_simulated_verified_and_trained_on_in_s3(main, tiny, s3, tm
     verified = main("verify", uri)
     settings = ("model.filters=[4]", "model.kernel_size=3", "training.num_epochs=1")
     trained = main(
-        "train", "n-cnn", "--data", uri, "--to", f"{s3}/cli/run", "--quiet", *(f"--set={one}" for one in settings)
+        "train", "n-cnn", "--recipe", recipe, "--data", uri, "--to", f"{s3}/cli/run", "--quiet",
+        *(f"--set={one}" for one in settings),
     )  # fmt: skip
 
     assert verified.returncode == 0
@@ -431,4 +433,5 @@ def test_a_dataset_is_simulated_verified_and_trained_on_in_s3(main, tiny, s3, tm
     assert (trained.facts["run"], trained.facts["num_epochs"]) == (f"{s3}/cli/run", 1)
     assert min(trained.facts[name] for name in ("seconds", "cpu_seconds", "images_per_second")) > 0
     assert models.read_card(f"{s3}/cli/run", "n-cnn").dataset == uri
+    assert models.read_card(f"{s3}/cli/run", "n-cnn").recipe == "tiny"
     assert {"model.json", "model.safetensors", "metrics.jsonl", "tensorboard"} <= storage.names(f"{s3}/cli/run")
