@@ -51,9 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
         # Ray prints warnings of its own, at any time; standard output is for ours.
         with nullcontext() if "--help" in words else redirect_stdout(sys.stderr):
             status = app([word for word in words if word not in ("--quiet", "--debug")], standalone_mode=False)
+        if status == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; run the same command again to go on.")
+        # Only train takes care not to go on unasked.
+        how = "with --resume" if "train" in words and "--resume" not in words else "again"
+        return _fail(f"interrupted; run the same command {how} to go on.")
     except Exception as error:
         if _Talk.debug:
             raise
@@ -210,7 +214,7 @@ def train(
         str | None, typer.Option(help="the dataset to validate on; a held-out tenth", show_default=False)
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="whose settings; those of the dataset's recipe", show_default=False)
+        str | None, typer.Option(help="whose settings; the dataset's recipe, if that has a name", show_default=False)
     ] = None,
     settings: Set = None,
     num_workers: Annotated[int, typer.Option(min=1, help="how many train together")] = 1,
@@ -222,8 +226,12 @@ def train(
     from raylens import dataset as datasets
 
     name = recipe or datasets.read_plan(storage.absolute(data)).recipe
-    # A dataset made from someone's own file is no recipe here: then the paper's settings serve.
-    experiment = recipes.load(name) if recipe or name in recipes.RECIPES else recipes.paper_fixed()
+    if not recipe and name not in recipes.RECIPES:
+        raise ValueError(
+            f"{data} was made from a recipe file, {name}, which also says how to train; pass it with --recipe FILE, "
+            "or --recipe paper-fixed for the paper's settings."
+        )
+    experiment = recipes.load(name)
     chosen = experiment.n_cnn if network == "n-cnn" else experiment.alpha_cnn
     changes = _changes(settings)
     for key in changes:
@@ -236,9 +244,9 @@ def train(
         network,  # type: ignore[arg-type]
         chosen,
         to,
-        data=data,
-        validation=validation,
-        recipe=name,
+        data=datasets.Dataset.open(data),
+        validation=datasets.Dataset.open(validation) if validation else None,
+        recipe=experiment.name,
         num_workers=num_workers,
         resume=resume,
         progress=meter,
@@ -257,18 +265,19 @@ def evaluate(
     true_n: Annotated[bool, typer.Option("--true-n", help="also give the alpha-CNN the true N (table 4)")] = False,
 ) -> None:
     """Test two trained networks as section 3 of the paper does."""
-    started = time.perf_counter()
     storage.check_writable(storage.absolute(to).rpartition("/")[0])
     from raylens import evaluate as evaluation
+    from raylens.dataset import Dataset
 
+    test_sets = [Dataset.open(uri) for uri in data]
     results = evaluation.evaluate(
-        data, n_cnn=n_cnn, alpha_cnn=alpha_cnn, true_n=true_n, progress=_Meter("evaluate", "images")
+        test_sets, n_cnn=n_cnn, alpha_cnn=alpha_cnn, true_n=true_n, progress=_Meter("evaluate", "images")
     )
     storage.write(to, json.dumps(results) + "\n")
     num_images = sum(entry["num_images"] for entry in results["datasets"])
-    seconds = time.perf_counter() - started
-    _finish(results=storage.absolute(to), metrics=evaluation.headline(results), num_images=num_images, seconds=seconds,
-            images_per_second=num_images / seconds)  # fmt: skip
+    _finish(
+        results=storage.absolute(to), metrics=evaluation.headline(results), num_images=num_images, **results["cost"]
+    )
 
 
 @app.command()
@@ -304,17 +313,21 @@ def reproduce(recipe: Recipe, to: To) -> None:
 
     facts = reproduction.reproduce(experiment, to, begin=begin)
     for name, value in facts["metrics"].items():
-        _say(f"{name:15} {value:.4g}")
+        _say(f"{name:15} {_number(value, '.4g')}")
     _say(f"report          {facts['report']}")
     _finish(**facts)
 
 
 @app.command()
-def doctor() -> int:
-    """Say what this machine and this cluster can do."""
+def doctor(
+    place: Annotated[
+        str | None, typer.Argument(help="a local path or s3://bucket/prefix to try to write", show_default=False)
+    ] = None,
+) -> int:
+    """Say what this machine and this cluster can do, and whether a place can be written."""
     from raylens import doctor as practice
 
-    findings = practice.examine()
+    findings = practice.examine(place)
     for finding in findings:
         _say(f"{'ok ' if finding.fine else 'BAD'}  {finding.name:11} {finding.detail}")
     _finish(**{finding.name: {"fine": finding.fine, "detail": finding.detail} for finding in findings})
@@ -371,7 +384,7 @@ class _Epochs:
         print(
             f"{self.network:10} epoch {record['epoch']} of {self.num_epochs}  loss {record['train_loss']:.4f}  "
             f"validation: loss {record['validation_loss']:.4f}, RMSE {record['validation_rmse']:.4g}, "
-            f"gradient {record['validation_gradient']:.3f}  "
+            f"gradient {_number(record['validation_gradient'], '.3f')}  "
             f"{record['images_per_second']:,.0f} images/s  {_duration(left)} left",
             file=sys.stderr,
         )
@@ -389,6 +402,11 @@ def _changes(settings: list[str] | None) -> dict[str, Any]:
         except ValueError:
             changes[key] = text
     return changes
+
+
+def _number(value: float | None, digits: str) -> str:
+    """Return a number as people read it; a dash for what is not defined, as a gradient where the truth is held."""
+    return "-" if value is None else format(value, digits)
 
 
 def _duration(seconds: float) -> str:

@@ -76,14 +76,20 @@ class Found:
 
 
 class Dataset:
-    """A complete dataset: its URI, plan and manifest."""
+    """A complete dataset, or its first rows: its URI, plan and manifest; the plan has as many images as are used."""
 
     def __init__(self, uri: str, plan: Plan, manifest: Manifest) -> None:
         self.uri, self.plan, self.manifest = uri, plan, manifest
 
     @classmethod
-    def open(cls, uri: str) -> Self:
-        """Return the dataset at a URI; ValueError if there is none, or if it is not complete."""
+    def open(cls, uri: str, num_images: int | None = None) -> Self:
+        """Return the dataset at a URI, or its first rows, which are the same however many follow them.
+
+        Raises
+        ------
+        ValueError
+            If there is none, if it is not complete, or if it holds fewer images.
+        """
         uri = storage.absolute(uri)
         plan = read_plan(uri)
         manifest = read_manifest(uri)
@@ -93,7 +99,12 @@ class Dataset:
                 f"{uri} has {standing} of {plan.num_shards} shards and no manifest, so simulation did not finish. "
                 f"Run `{command(uri)}`; finished shards are kept."
             )
-        return cls(uri, plan, manifest)
+        if num_images is not None and num_images > plan.num_images:
+            raise ValueError(
+                f"{uri} holds {plan.num_images:,} images, and {num_images:,} are asked for; "
+                f"`{command(uri)} --num-images {num_images}` makes the others."
+            )
+        return cls(uri, plan.override({"num_images": num_images or plan.num_images}), manifest)
 
     @property
     def num_images(self) -> int:
@@ -104,13 +115,14 @@ class Dataset:
         return self.plan.simulation.camera.num_pixels
 
     @property
-    def shard_uris(self) -> list[str]:
-        return [storage.join(self.uri, entry.name) for entry in self.manifest.shards]
+    def parts(self) -> list[tuple[str, int]]:
+        """The URI of each shard, and how many of its rows, from the first on, are used."""
+        return [(shard_uri(self.uri, number), len(self.plan.rows(number))) for number in range(self.plan.num_shards)]
 
     def read(self, columns: list[str]) -> dict[str, np.ndarray]:
         """Return columns of numbers of the whole dataset, without its images, in the order of the rows."""
         with ThreadPoolExecutor(8) as pool:
-            table = pa.concat_tables(pool.map(lambda uri: shards.read(uri, columns), self.shard_uris))
+            table = pa.concat_tables(pool.map(lambda part: shards.read(part[0], columns)[: part[1]], self.parts))
         return {name: table[name].to_numpy() for name in columns}
 
 

@@ -23,14 +23,14 @@ class Finding(NamedTuple):
     detail: str
 
 
-def examine() -> list[Finding]:
-    """Return what was found, in the order in which a run would meet it."""
+def examine(place: str | None = None) -> list[Finding]:
+    """Return what was found, in the order in which a run would meet it; with a place, whether it can be written."""
     checks: dict[str, Callable[[], str]] = {
         "machine": _machine,
         "packages": _packages,
         "torch": _torch,
         "simulation": _simulation,
-        "storage": _storage,
+        "storage": lambda: _storage(place),
         "Ray": _ray,
     }
     findings = []
@@ -74,15 +74,14 @@ def _simulation() -> str:
     return f"{256 / (time.perf_counter() - started):,.0f} images/s on one core (paper-fixed)"
 
 
-def _storage() -> str:
+def _storage(place: str | None) -> str:
     from raylens import storage
 
-    storage.check_writable(tempfile.gettempdir())
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
-    if not (endpoint or os.environ.get("AWS_ACCESS_KEY_ID")):
-        return "local paths; no S3 is configured (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
-    buckets = storage.names("s3://")
-    return f"local paths, and S3 at {endpoint or 'AWS'} with {len(buckets)} buckets"
+    if place is None:
+        storage.check_writable(tempfile.gettempdir())
+        return "local paths; `raylens doctor s3://bucket/prefix` tries S3"
+    storage.check_writable(place)
+    return f"{storage.absolute(place)} can be written"
 
 
 def _ray() -> str:

@@ -8,6 +8,7 @@ kept as histograms, so that a report needs neither images nor predictions.
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -35,24 +36,25 @@ _GEOMETRY = ["theta_E", "q", "phi", "x", "y", "z_source"]
 
 
 def evaluate(
-    datasets: list[str],
+    test_sets: list[Dataset],
     *,
     n_cnn: str,
     alpha_cnn: str,
     true_n: bool = False,
     progress: predict.Progress = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Return the results of two trained networks on some datasets, ready for JSON.
+    """Return the results of two trained networks on some test sets, ready for JSON.
 
     With `true_n` also those of the alpha-CNN given the true N (table 4).
 
     Raises
     ------
     ValueError
-        If a dataset is not complete, or its images are not of the networks' size.
+        If the images of a test set are not of the networks' size.
     """
+    started = time.perf_counter()
+    n_cnn, alpha_cnn = storage.absolute(n_cnn), storage.absolute(alpha_cnn)
     n_card, alpha_card = models.read_card(n_cnn, "n-cnn"), models.read_card(alpha_cnn, "alpha-cnn")
-    test_sets = [Dataset.open(uri) for uri in datasets]
     for data in test_sets:
         for card, run in ((n_card, n_cnn), (alpha_card, alpha_cnn)):
             if card.num_pixels != data.num_pixels:
@@ -60,26 +62,36 @@ def evaluate(
                     f"the {card.network} in {run} takes images of {card.num_pixels} x {card.num_pixels} pixels; "
                     f"those of {data.uri} have {data.num_pixels} x {data.num_pixels}."
                 )
-    predictions = predict.predict(test_sets, n_cnn=n_cnn, alpha_cnn=alpha_cnn, progress=progress)
+    predictions, cpu_seconds = predict.predict(test_sets, n_cnn=n_cnn, alpha_cnn=alpha_cnn, progress=progress)
     entries = [
         _evaluate_one(data, columns, n_card, alpha_card, true_n)
         for data, columns in zip(test_sets, predictions, strict=True)
     ]
     illustration = storage.join(test_sets[0].uri, "illustration.json")
+    seconds = time.perf_counter() - started
     return {
         "recipe": n_card.recipe,
         "simulation": test_sets[0].plan.simulation.as_dict(),
         "digest": test_sets[0].plan.digest,
-        "n_cnn": {"run": storage.absolute(n_cnn), **n_card.as_dict(), "history": _history(n_cnn)},
-        "alpha_cnn": {"run": storage.absolute(alpha_cnn), **alpha_card.as_dict(), "history": _history(alpha_cnn)},
+        "n_cnn": {"run": n_cnn, **n_card.as_dict(), "history": _history(n_cnn)},
+        "alpha_cnn": {"run": alpha_cnn, **alpha_card.as_dict(), "history": _history(alpha_cnn)},
         "datasets": entries,
         "illustration": json.loads(storage.read(illustration)) if storage.exists(illustration) else None,
+        "cost": {
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "gpu_seconds": 0.0,
+            "images_per_second": sum(data.num_images for data in test_sets) / seconds,
+        },
         "versions": dataset.versions(),
     }
 
 
-def headline(results: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers by which a run is told from another: those of the first set with alpha varied."""
+def headline(results: dict[str, Any]) -> dict[str, float | None]:
+    """Return the numbers by which a run is told from another: those of the first set with alpha varied.
+
+    A gradient is None where the truth does not vary.
+    """
     varied = next((entry for entry in results["datasets"] if entry["alpha"] is None), results["datasets"][0])
     return {
         "n_gradient": varied["n_cnn"]["gradient"],

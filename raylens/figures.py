@@ -49,6 +49,9 @@ QUANTITIES = {
     "alpha": (r"slope $\alpha$", "subhalos", "alpha"),
 }
 
+# The slopes of figure 2, as far as a simulation can be drawn at them.
+SLOPES = (-2.4, -2.0, -1.6)
+
 _Curves = dict[float | None, dict[str, float | None]]  # alpha (None: varied) -> the paper's measures
 
 
@@ -97,16 +100,19 @@ def varies(name: str, simulation: dict[str, Any]) -> bool:
     return isinstance(simulation[group][key], dict)
 
 
+def slopes(illustration: dict[str, Any]) -> list[float]:
+    """Return the slopes that figure 2 can show, the steepest first."""
+    return sorted({round(population["alpha"], 1) for population in illustration["populations"]} & set(SLOPES))
+
+
 @_styled
 def populations(illustration: dict[str, Any], simulation: dict[str, Any]) -> Figure:
-    """Figure 2: the masses of the subhaloes of one lens at each of three slopes, and where they lie."""
-    shown = [
-        population for population in illustration["populations"] if round(population["alpha"], 1) in (-2.4, -2, -1.6)
-    ]
+    """Figure 2: the masses of the subhaloes of one lens at each of `slopes`, and where they lie."""
+    shown = [population for population in illustration["populations"] if round(population["alpha"], 1) in SLOPES]
     shown.sort(key=lambda population: population["alpha"])
     mass_min, mass_max = simulation["subhalos"]["mass_min"], simulation["subhalos"]["mass_max"]
     reach = 1.06 * max(max(map(abs, [*population["x"], *population["y"]]), default=1) for population in shown)
-    figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH * len(shown) / len(SLOPES), 5.4), layout="constrained")
     panels = figure.subplots(2, len(shown), sharey="row", height_ratios=[1, 1.45], squeeze=False)
     for column, population in enumerate(shown):
         masses, alpha = np.array(population["mass"]), population["alpha"]

@@ -74,7 +74,7 @@ def simulate(
         If the root cannot be written.
     """
     started = time.perf_counter()
-    require_drawable(simulation)
+    require_drawable(simulation, split)
     storage.check_writable(root)
     uri = dataset.location(root, recipe=recipe, split=split, simulation=simulation)
     plan = dataset.plan_for(

@@ -14,13 +14,19 @@ import numpy as np
 from raylens.config import SPLITS, Simulation
 from raylens.physics import lenses
 from raylens.physics.render import ray_positions
-from raylens.simulate import Draws, draw_block, render_block
+from raylens.simulate import MAX_NUM_SUBHALOS, Draws, draw_block, render_block, typical_num_subhalos
 
 
 def illustration(simulation: Simulation) -> str:
-    """Return as JSON: the subhaloes of one lens at each held slope, and one lens of the test set in full."""
-    populations = {split: draw_block(simulation, [0], split) for split, alpha in SPLITS.items() if alpha is not None}
-    draws = draw_block(simulation, [0], "test")
+    """Return as JSON: the subhaloes of one lens at each held slope, and one lens in full.
+
+    Slopes at which a lens would hold too many subhaloes to be drawn are left out; the lens in full
+    is one of the test set, unless that is among them.
+    """
+    splits = ["test", *(split for split, alpha in SPLITS.items() if alpha is not None)]
+    drawable = [split for split in splits if typical_num_subhalos(simulation, split) <= MAX_NUM_SUBHALOS]
+    populations = {split: draw_block(simulation, [0], split) for split in drawable if SPLITS[split] is not None}
+    draws = draw_block(simulation, [0], drawable[0])
     values = {
         "populations": [_population(draws) for draws in populations.values()],
         "example": {

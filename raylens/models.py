@@ -67,8 +67,10 @@ class Card(Settings):
     num_threads: int  # of each worker
     device: str
     epoch: int  # whose weights these are: the one with the lowest validation loss
-    metrics: dict[str, float | int]  # of that epoch, as in metrics.jsonl
-    seconds: float  # of training, start-up included
+    metrics: dict[str, float | int | None]  # of that epoch, as in metrics.jsonl
+    seconds: float  # of training, start-up and what stood before a resumption included
+    cpu_seconds: float  # of all epochs: cores held, times how long
+    gpu_seconds: float
     versions: dict[str, str]
 
 

@@ -194,7 +194,7 @@ def _in_short(results: dict[str, Any], tables: dict[str, paper.Table]) -> str:
         ratios = ", ".join(f"{ours / value:.2f} × {other}" for other, value in others.items() if value)
         short.append(f"Our RMSE of {network.symbol} is {ratios}.")
         variance = entry["baselines"][constant]["rmse"] ** 2 - entry["baselines"][constant]["bias"] ** 2
-        if variance > 0:
+        if entry[name]["gradient"] is not None and variance > 0:
             best.append(f"{_plain(1 - ours**2 / variance, 3)} for {network.symbol}")
     return (
         f"<p>{' '.join(short)}</p>"
@@ -313,16 +313,20 @@ def _lens_figures(results: dict[str, Any]) -> Iterator[str]:
     if illustration is None:
         yield "<p>The test set holds no illustration.json, so figures 2 and 3 are not drawn.</p>"
         return
+    slopes = ", ".join(_plain(slope, 1) for slope in figures.slopes(illustration))
     caption = (
-        "Subhaloes of one lens at α = −2.4, −2.0 and −1.6. Top: their masses, and (dashed) those expected of as many "
+        f"Subhaloes of one lens at α = {slopes}. Top: their masses, and (dashed) those expected of as many "
         "from M<sup>α</sup>. Bottom: where they lie; the area of a dot grows with the subhalo’s Einstein radius"
     )
     caption += ", and the circle has radius 2 θ<sub>E</sub>." if paper.geometry(simulation) == "fixed" else "."
     alt = "Mass histograms and positions of subhaloes; the steeper the slope, the more and the lighter they are."
-    yield _figure(figures.populations(illustration, simulation), "Figure 2", caption, alt)
+    if slopes:
+        yield _figure(figures.populations(illustration, simulation), "Figure 2", caption, alt)
+    else:
+        yield "<p>At the slopes of figure 2 a lens would hold too many subhaloes, so it is not drawn.</p>"
     example = illustration["example"]
     caption = (
-        "One lens of the test set. Left: the source in its own plane. Middle: surface density of lens and subhaloes "
+        "One simulated lens. Left: the source in its own plane. Middle: surface density of lens and subhaloes "
         "in critical units. Right: the image that the networks see, and the subhaloes in front of it. "
         f"α = {_plain(example['alpha'], 2)}, θ<sub>E</sub> = {example['theta_E']:.2f} arcsec, q = {example['q']:.2f}, "
         f"φ = {example['phi']:.2f}, source redshift {example['z_source']:.2f}."
@@ -378,13 +382,14 @@ def _training(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _cost(results: dict[str, Any]) -> str:
-    """Return the stages of `raylens reproduce`, or what the runs and the predictions themselves remember."""
+    """Return the stages of `raylens reproduce`, or what the runs and the evaluation themselves remember."""
+    keys = ("seconds", "cpu_seconds", "gpu_seconds")
     stages = results.get("stages") or [
         *(
-            {**card["metrics"], "stage": f"train {card['network']}", "seconds": card["seconds"]}
+            {**card["metrics"], "stage": f"train {card['network']}", **{key: card.get(key) for key in keys}}
             for card in (results["n_cnn"], results["alpha_cnn"])
         ),
-        *({**entry, "stage": f"predict {entry['split']}"} for entry in results["datasets"]),
+        {"stage": "evaluate", **results.get("cost", {})},
     ]
     times = {"seconds": "Time", "cpu_seconds": "CPU time", "gpu_seconds": "GPU time"}
     times = {key: title for key, title in times.items() if any(stage.get(key) for stage in stages)}

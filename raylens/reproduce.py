@@ -14,6 +14,8 @@ from typing import Any
 
 from raylens import cluster, dataset, evaluate, generate, models, report, storage, train
 from raylens.config import SPLITS, Experiment, Network, digest
+from raylens.dataset import Dataset
+from raylens.simulate import require_drawable
 
 # Told of each stage: its name, and the progress within it as the stage reports it.
 Begin = Callable[[str], Callable[..., None]]
@@ -23,8 +25,11 @@ def reproduce(experiment: Experiment, root: str, *, begin: Begin = lambda stage:
     """Run an experiment below a root, or what is missing of it; return where all is, the metrics and the cost."""
     started = time.perf_counter()
     root = storage.absolute(root)
+    for split in SPLITS:  # all of them, before hours go into the first
+        require_drawable(experiment.simulation, split)
     stages = _Stages(root)
-    datasets = {}
+    datasets: dict[str, Dataset] = {}
+    num_made = 0.0
     for split in SPLITS:
         stage = f"simulate {split}"
         simulated = generate.simulate(
@@ -35,7 +40,9 @@ def reproduce(experiment: Experiment, root: str, *, begin: Begin = lambda stage:
             num_images=experiment.num_images.of(split),
             progress=begin(stage),
         )
-        datasets[split] = simulated.dataset
+        # More may stand; the experiment is on as many as it says.
+        datasets[split] = Dataset.open(simulated.dataset, experiment.num_images.of(split))
+        num_made += simulated.images_per_second * simulated.seconds
         if simulated.num_made:
             stages.add(stage, asdict(simulated))
 
@@ -44,32 +51,29 @@ def reproduce(experiment: Experiment, root: str, *, begin: Begin = lambda stage:
         name: _trained(name, network, experiment, root, datasets, stages, begin) for name, network in networks.items()
     }
     place = storage.join(root, "results.json")
-    results = _standing_results(place, experiment)
+    tests = [data for split, data in datasets.items() if split.startswith("test")]
+    results = _standing_results(place, experiment, tests, runs)
     if results is None:
-        began = time.perf_counter()
         results = evaluate.evaluate(
-            [uri for split, uri in datasets.items() if split.startswith("test")],
-            n_cnn=runs["n-cnn"],
-            alpha_cnn=runs["alpha-cnn"],
-            true_n=True,
-            progress=begin("evaluate"),
+            tests, n_cnn=runs["n-cnn"], alpha_cnn=runs["alpha-cnn"], true_n=True, progress=begin("evaluate")
         )
-        num_images = sum(entry["num_images"] for entry in results["datasets"])
-        seconds = time.perf_counter() - began
-        stages.add("evaluate", {"seconds": seconds, "images_per_second": num_images / seconds})
+        stages.add("evaluate", results["cost"])
     results |= {"experiment": experiment.as_dict(), "stages": stages.records, "machine": asdict(cluster.connect())}
     storage.write(place, json.dumps(results) + "\n")
     page = storage.join(root, "report.html")
     storage.write(page, report.report([results]))
+    seconds = time.perf_counter() - started
     return {
         "recipe": experiment.name,
         "digest": experiment.simulation.digest,
-        "datasets": datasets,
+        "datasets": {split: data.uri for split, data in datasets.items()},
         "runs": runs,
         "results": place,
         "report": page,
         "metrics": evaluate.headline(results),
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
+        **stages.spent,
+        "images_per_second": num_made / seconds,  # simulated, in all this time
     }
 
 
@@ -78,7 +82,7 @@ def _trained(
     network: Network,
     experiment: Experiment,
     root: str,
-    datasets: dict[str, str],
+    datasets: dict[str, Dataset],
     stages: _Stages,
     begin: Begin,
 ) -> str:
@@ -100,29 +104,46 @@ def _trained(
             resume=True,
             progress=begin(f"train {name}"),
         )
-        stages.add(f"train {name}", asdict(trained))
+        card = models.read_card(run, name)
+        whole = {"images_per_second": card.metrics["images_per_second"], **card.as_dict()}
+        stages.add(f"train {name}", asdict(trained), whole)
     return run
 
 
-def _standing_results(place: str, experiment: Experiment) -> dict[str, Any] | None:
-    """Return the results that stand, if they are this experiment's by this version."""
+def _standing_results(
+    place: str, experiment: Experiment, tests: list[Dataset], runs: dict[models.NetworkName, str]
+) -> dict[str, Any] | None:
+    """Return the results that stand, if they are of these runs and test sets, by this version."""
     if not storage.exists(place):
         return None
     results = json.loads(storage.read(place))
-    same = results.get("experiment") == experiment.as_dict() and results.get("versions") == dataset.versions()
-    return results if same else None
+    if results.get("experiment") != experiment.as_dict() or results["versions"] != dataset.versions():
+        return None
+    evaluated = {
+        name: {key: value for key, value in results[name.replace("-", "_")].items() if key not in ("run", "history")}
+        for name in runs
+    }
+    standing = {name: models.read_card(run, name).as_dict() for name, run in runs.items()}
+    tested = [(entry["dataset"], entry["digest"], entry["num_images"]) for entry in results["datasets"]]
+    opened = [(data.uri, data.plan.digest, data.num_images) for data in tests]
+    return results if evaluated == standing and tested == opened else None
 
 
 class _Stages:
-    """What each stage cost when it last did any work."""
+    """What each stage cost: when it last did any work, or in all calls, where that is known."""
 
     def __init__(self, root: str) -> None:
         self._place = storage.join(root, "stages.json")
+        self.spent = {"cpu_seconds": 0.0, "gpu_seconds": 0.0}  # in this call
         self.records: list[dict[str, Any]] = []
         if storage.exists(self._place):
             self.records = json.loads(storage.read(self._place))
 
-    def add(self, stage: str, facts: dict[str, Any]) -> None:
+    def add(self, stage: str, spent: dict[str, Any], whole: dict[str, Any] | None = None) -> None:
+        """Note what a stage cost in this call, and, if that is known, in all calls."""
+        for key in self.spent:
+            self.spent[key] += spent.get(key, 0.0)
+        facts = whole or spent
         self.records = [record for record in self.records if record["stage"] != stage]
         costs = ("seconds", "cpu_seconds", "gpu_seconds", "images_per_second")
         self.records.append({"stage": stage, **{key: facts[key] for key in costs if key in facts}})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raylens.config import SPLITS, Simulation, quantile, support
+from raylens.config import SPLITS, Normal, Simulation, Uniform, quantile, support
 from raylens.image import normalise
 from raylens.physics import lenses, render
 from raylens.physics.cosmology import distance_ratio
@@ -93,24 +93,29 @@ def simulate_block(
     return columns
 
 
-def require_drawable(simulation: Simulation) -> None:
-    """Refuse a mass function that would fill a typical lens with more than MAX_NUM_SUBHALOS."""
+def require_drawable(simulation: Simulation, split: str = "train") -> None:
+    """Refuse a mass function that would fill a typical lens of a split with more than MAX_NUM_SUBHALOS."""
+    num_subhalos = typical_num_subhalos(simulation, split)
+    if not num_subhalos <= MAX_NUM_SUBHALOS:
+        raise ValueError(
+            f"a typical lens of split {split} would hold about {num_subhalos:.2g} subhaloes "
+            f"at slope {support(_slopes(simulation, split))[0]:g}, and at most {MAX_NUM_SUBHALOS:,} are sensible; "
+            f"raise subhalos.mass_min (now {simulation.subhalos.mass_min:g} Msun) or lower subhalos.mass_fraction."
+        )
+
+
+def typical_num_subhalos(simulation: Simulation, split: str) -> float:
+    """Return the mean N of a lens of middling redshifts and size at the steepest slope of a split."""
     lens, source, population = simulation.lens, simulation.source, simulation.subhalos
     middle = np.array([0.5])
     ratio = distance_ratio(quantile(lens.z_lens, middle), quantile(source.z, middle))
     lens_mass = float(lenses.mass(lenses.velocity_dispersion(quantile(lens.theta_E, middle), ratio))[0])
-    num_subhalos = mean_num_subhalos(
-        alpha=min(support(population.alpha)[0], *(slope for slope in SPLITS.values() if slope is not None)),
+    return mean_num_subhalos(
+        alpha=support(_slopes(simulation, split))[0],
         mass_min=population.mass_min,
         mass_max=population.mass_max,
         mass_to_reach=population.mass_fraction * lens_mass,
     )
-    if not num_subhalos <= MAX_NUM_SUBHALOS:
-        raise ValueError(
-            f"a typical lens would hold about {num_subhalos:.1g} subhaloes, and at most {MAX_NUM_SUBHALOS:,} "
-            "are sensible; "
-            f"raise subhalos.mass_min (now {population.mass_min:g} Msun) or lower subhalos.mass_fraction."
-        )
 
 
 def draw_block(simulation: Simulation, indices: np.ndarray | range | list[int], split: str = "train") -> Draws:
@@ -128,8 +133,7 @@ def draw_block(simulation: Simulation, indices: np.ndarray | range | list[int], 
 
     # Each quantity has its place among a row's first numbers: to fix one leaves the others as they are.
     u = np.array([sky.random(9) for sky in skies]).reshape(-1, 9).T
-    held = SPLITS[split]
-    alpha = quantile(population.alpha if held is None else held, u[0])
+    alpha = quantile(_slopes(simulation, split), u[0])
     theta_E, q, phi = quantile(lens.theta_E, u[1]), quantile(lens.q, u[2]), quantile(lens.phi, u[3])
     x, y, z_lens = quantile(lens.x, u[4]), quantile(lens.y, u[5]), quantile(lens.z_lens, u[6])
     z_source, source_sigma = quantile(source.z, u[7]), quantile(source.sigma, u[8])
@@ -229,10 +233,16 @@ def _lenses(draws: Draws) -> render.Lenses:
     )  # fmt: skip
 
 
-def _key(seed: int, split: str) -> np.ndarray:
-    """Return the key of the random numbers that a seed and a split share with no other."""
+def _slopes(simulation: Simulation, split: str) -> float | Uniform | Normal:
+    """Return the distribution of alpha in a split; ValueError if the split is none of SPLITS."""
     if split not in SPLITS:
         raise ValueError(f"{split} is no split; the splits are {', '.join(SPLITS)}.")
+    held = SPLITS[split]
+    return simulation.subhalos.alpha if held is None else held
+
+
+def _key(seed: int, split: str) -> np.ndarray:
+    """Return the key of the random numbers that a seed and a split share with no other."""
     return np.frombuffer(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:16], dtype="<u8")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -39,13 +40,13 @@ Progress = Callable[[dict[str, Any]], None]  # a line of metrics.jsonl
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training run made, and what that cost."""
+    """What a call of `train` made, and what that cost; the run's own cost, of all calls, is in its card."""
 
     run: str  # URI
     epoch: int  # whose weights are kept
     validation_loss: float
     validation_rmse: float
-    num_epochs: int
+    num_epochs: int  # of the run
     num_training_images: int
     seconds: float
     cpu_seconds: float
@@ -58,8 +59,8 @@ def train(
     network: Network,
     run: str,
     *,
-    data: str,
-    validation: str | None = None,
+    data: Dataset,
+    validation: Dataset | None = None,
     recipe: str,
     num_workers: int = 1,
     resume: bool = False,
@@ -70,33 +71,45 @@ def train(
     Raises
     ------
     ValueError
-        If a dataset is not complete or its images do not fit, if the run stands and is not to be
-        resumed, or if the cluster is too small.
+        If the validation set is of another simulation, if the run stands and is not to be resumed,
+        or if the cluster is too small.
     """
-    started = time.perf_counter()
+    started = time.time()
     run = storage.absolute(run)
-    data_set, validation_set = Dataset.open(data), Dataset.open(validation) if validation else None
-    if validation_set and validation_set.num_pixels != data_set.num_pixels:
-        raise ValueError(
-            f"training and validation need images of one size; got {data_set.num_pixels} pixels in {data_set.uri} "
-            f"and {validation_set.num_pixels} in {validation_set.uri}."
-        )
+    if validation:
+        _require_same_simulation(data, validation)
     if not resume and storage.names(run):
         raise ValueError(f"{run} stands already; go on with --resume, or choose another --to.")
     if network.training.batch_size % num_workers:
         raise ValueError(
             f"training.batch_size {network.training.batch_size} is not shared evenly by {num_workers} workers."
         )
-    held_out = np.zeros(data_set.num_images, bool)
-    if validation_set is None:
-        held_out = _held_out(data_set.num_images, network.training.seed)
-    card = _card(name, network, held_out, data_set, validation_set, recipe, num_workers)
+    held_out = np.zeros(data.num_images, bool)
+    if validation is None:
+        held_out = _held_out(data.num_images, network.training.seed)
+    card = _card(name, network, held_out, data, validation, recipe, num_workers)
     storage.check_writable(run)
     use_gpu = _require_room(cluster.connect(), card)
 
-    with _following(storage.join(run, "metrics.jsonl"), progress):
-        result = _trainer(card, run, _datasets(data_set, validation_set, held_out), use_gpu).fit()
-    return _keep_best(result, card, run, use_gpu, started)
+    before = _history(run)
+    # The time of earlier calls, and when this one began: an epoch's record says how long the run has taken by then.
+    clock = {"before": before[-1]["elapsed"] if before else 0.0, "started": started}
+    with _interruptible(), _following(storage.join(run, "metrics.jsonl"), progress):
+        trainer = _trainer(card, run, _datasets(data, validation, held_out), use_gpu, clock)
+        result = trainer.fit()
+    return _keep_best(result, card, run, use_gpu, clock, num_before=len(before))
+
+
+def _require_same_simulation(data: Dataset, validation: Dataset) -> None:
+    """Refuse to validate on images that were not drawn as those trained on: another task would choose the epoch."""
+    there, here = (
+        {"simulator_version": one.plan.simulator_version, **one.plan.simulation.as_dict()} for one in (validation, data)
+    )
+    if there != here:
+        raise ValueError(
+            f"{validation.uri} is of another simulation than {data.uri}: {shards.difference(there, here)}. "
+            "Validate on another split of the same."
+        )
 
 
 def _require_room(resources: cluster.Resources, card: models.Card) -> bool:
@@ -116,11 +129,13 @@ def _require_room(resources: cluster.Resources, card: models.Card) -> bool:
     return resources.num_gpus >= card.num_workers
 
 
-def _trainer(card: models.Card, run: str, datasets: dict[str, Any], use_gpu: bool) -> ray.train.torch.TorchTrainer:
+def _trainer(
+    card: models.Card, run: str, datasets: dict[str, Any], use_gpu: bool, clock: dict[str, float]
+) -> ray.train.torch.TorchTrainer:
     file_system, path = storage.arrow_file_system(run)
     return ray.train.torch.TorchTrainer(
         _train_worker,
-        train_loop_config={"card": card.as_dict(), "run": run},
+        train_loop_config={"card": card.as_dict(), "run": run, "clock": clock},
         datasets=datasets,
         # What is measured on is not split, or rows would be lost.
         dataset_config=DataConfig(datasets_to_split=["train"]),
@@ -138,26 +153,33 @@ def _trainer(card: models.Card, run: str, datasets: dict[str, Any], use_gpu: boo
     )
 
 
-def _keep_best(result: ray.train.Result, card: models.Card, run: str, use_gpu: bool, started: float) -> Trained:
+def _keep_best(
+    result: ray.train.Result, card: models.Card, run: str, use_gpu: bool, clock: dict[str, float], *, num_before: int
+) -> Trained:
     """Make the weights of the best epoch those of the run."""
-    history = [json.loads(line) for line in storage.read(storage.join(run, "metrics.jsonl")).splitlines()]
+    history = _history(run)
     assert result.best_checkpoints is not None
     best, metrics = min(result.best_checkpoints, key=lambda pair: pair[1]["validation_loss"])
     kept = next(record for record in history if record["epoch"] == metrics["epoch"])
     with best.as_directory() as folder, open(os.path.join(folder, "model.safetensors"), "rb") as file:
         weights = file.read()
-    seconds = time.perf_counter() - started
+    cpu_seconds = [record["seconds"] * record["num_threads"] * card.num_workers for record in history]
+    gpu_seconds = [record["seconds"] * use_gpu * card.num_workers for record in history]
+    seconds = time.time() - clock["started"]
     card = card.override(
         {
             "epoch": kept["epoch"],
             "metrics": kept,
-            "seconds": seconds,
+            "seconds": clock["before"] + seconds,
+            "cpu_seconds": sum(cpu_seconds),
+            "gpu_seconds": sum(gpu_seconds),
             "num_threads": kept["num_threads"],
             "device": "cuda" if use_gpu else "cpu",
         }
     )
     models.save(run, weights, card)
-    training_seconds = sum(record["seconds"] for record in history)
+    new = history[num_before:]
+    new_seconds = sum(record["seconds"] for record in new)
     return Trained(
         run=run,
         epoch=card.epoch,
@@ -166,10 +188,16 @@ def _keep_best(result: ray.train.Result, card: models.Card, run: str, use_gpu: b
         num_epochs=len(history),
         num_training_images=card.num_training_images,
         seconds=seconds,
-        cpu_seconds=training_seconds * card.num_workers * kept["num_threads"],
-        gpu_seconds=training_seconds * card.num_workers * use_gpu,
-        images_per_second=len(history) * card.num_training_images / training_seconds,
+        cpu_seconds=sum(cpu_seconds[num_before:]),
+        gpu_seconds=sum(gpu_seconds[num_before:]),
+        images_per_second=len(new) * card.num_training_images / new_seconds if new else 0.0,
     )
+
+
+def _history(run: str) -> list[dict[str, Any]]:
+    """Return the epochs of a run so far."""
+    lines = storage.read_if_there(storage.join(run, "metrics.jsonl")) or b""
+    return [json.loads(line) for line in lines.splitlines()]
 
 
 def _held_out(num_images: int, seed: int) -> np.ndarray:
@@ -217,6 +245,8 @@ def _card(
         epoch=0,
         metrics={},
         seconds=0.0,
+        cpu_seconds=0.0,
+        gpu_seconds=0.0,
         versions={**dataset.versions(), "torch": torch.__version__, "ray": ray.__version__, "raylens": __version__},
     )
     return card.override({"num_parameters": models.num_parameters(models.build(card))})
@@ -246,13 +276,27 @@ def _datasets(data: Dataset, validation: Dataset | None, held_out: np.ndarray) -
 
 def _rows(data: Dataset, kept: np.ndarray) -> ray.data.Dataset:
     """Return some rows of a dataset; a task reads a shard itself."""
-    shard_uris = data.shard_uris
+    parts = data.parts
 
     def read(batch: dict[str, np.ndarray]) -> pa.Table:
-        table = shards.read(shard_uris[int(batch["id"][0])], ["index", "image", "num_subhalos", "alpha"])
+        uri, num_rows = parts[int(batch["id"][0])]
+        table = shards.read(uri, ["index", "image", "num_subhalos", "alpha"])[:num_rows]
         return table.filter(pa.array(kept[table["index"].to_numpy()]))
 
-    return ray.data.range(len(shard_uris), override_num_blocks=len(shard_uris)).map_batches(read, batch_size=1)
+    return ray.data.range(len(parts), override_num_blocks=len(parts)).map_batches(read, batch_size=1)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C be a KeyboardInterrupt: Ray Train's handler aborts the run, leaves by sys.exit(0), and stays."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Ray Train has set none
+            signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager
@@ -282,7 +326,7 @@ def _following(place: str, progress: Progress) -> Iterator[None]:
 
 def _train_worker(config: dict[str, Any]) -> None:
     """Train on this worker's share, in step with the others; runs in each of them."""
-    card = models.Card.parse(config["card"])
+    card, clock = models.Card.parse(config["card"]), config["clock"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -308,17 +352,19 @@ def _train_worker(config: dict[str, Any]) -> None:
             trained = learning.train_epoch(model, network, [share], steps, batch_size=batch_size, shuffle=shuffle)
             squared_error_sum, num_trained = _sum_over_ranks(trained, device)
             seconds = time.perf_counter() - started
+            _take_buffers_of_first(network)
             sums = Sums(_sum_over_ranks(learning.validate(network, [validation]).values, device))
             record = {
                 "epoch": epoch,
                 "train_loss": squared_error_sum / num_trained,
                 "validation_loss": (sums.rmse / network.target.sd) ** 2,
                 "validation_rmse": sums.rmse,
-                "validation_gradient": sums.gradient or 0.0,
+                "validation_gradient": sums.gradient,
                 "validation_bias": sums.bias,
                 "num_threads": num_threads,
                 "images_per_second": num_trained / seconds,
                 "seconds": time.perf_counter() - started,
+                "elapsed": clock["before"] + time.time() - clock["started"],
             }
             history.append(record)
             if rank == 0:
@@ -357,6 +403,13 @@ def _sum_over_ranks(values: np.ndarray, device: torch.device) -> np.ndarray:
     total = torch.as_tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total)
     return total.cpu().numpy()
+
+
+def _take_buffers_of_first(network: models.CNN) -> None:
+    """Give all workers the batch-normalisation statistics of the first, which are those that are saved."""
+    if torch.distributed.is_initialized():
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def _save(folder: str, network: models.CNN, steps: torch.optim.Optimizer, history: list[dict[str, Any]]) -> None:
@@ -400,7 +453,7 @@ def _tensorboard(run: str, scratch: str, rank: int) -> Iterator[Callable[[dict[s
 
         def log(record: dict[str, Any]) -> None:
             for name, value in record.items():
-                if name != "epoch":
+                if name != "epoch" and value is not None:
                     writer.add_scalar(name, value, record["epoch"])
             writer.flush()
             # Objects cannot be appended to: the file is put there anew.

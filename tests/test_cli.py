@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from raylens import models, recipes, storage
+from raylens import models, recipes, reproduce, storage
 from raylens.config import Model, Training
 
 
@@ -52,14 +52,19 @@ def make_run(run: Path, network: str, num_pixels: int) -> str:
         num_subhalos_scaling=scaling,
         baselines=models.Baselines(constant=1.0, num_subhalos=[1.0], target_of_num_subhalos=[1.0]),
         recipe="tiny", dataset="nowhere", dataset_digest="00000000", validation_dataset=None, num_training_images=1,
-        num_validation_images=1, num_workers=1, num_threads=1, device="cpu", epoch=1, seconds=1.0, versions={},
-        metrics={"epoch": 1, "validation_loss": 1.0, "validation_rmse": 1.0, "images_per_second": 1.0, "seconds": 1.0},
+        num_validation_images=1, num_workers=1, num_threads=1, device="cpu", epoch=1, seconds=1.0,
+        cpu_seconds=1.0, gpu_seconds=0.0, versions={},
+        metrics={
+            "epoch": 1, "train_loss": 1.0, "validation_loss": 1.0, "validation_rmse": 1.0, "validation_gradient": None,
+            "validation_bias": 0.0, "num_threads": 1, "images_per_second": 1.0, "seconds": 1.0, "elapsed": 1.0,
+        },
     )  # fmt: skip
     models.save(str(run), safetensors.torch.save(models.build(card).state_dict()), card)
     return str(run)
 
 
 SIMULATE = ("simulate", "smoke", "--to", "{root}")
+TRAIN = ("train", "n-cnn", "--recipe", "smoke")
 EVALUATE = ("evaluate", "--alpha-cnn", "{root}/a8", "--to", "{root}/r.json")
 
 
@@ -88,17 +93,18 @@ EVALUATE = ("evaluate", "--alpha-cnn", "{root}/a8", "--to", "{root}/r.json")
         (("simulate", "smoke", "--to", "gs://bucket"), r"only local paths and s3:// are known"),
         (("verify", "{root}"), r"is no dataset.*raylens simulate RECIPE --to ROOT"),
         (("verify", "{half}"), r"no manifest, and 4 of 5 shards.*raylens simulate"),
-        (("train", "n-cnn", "--data", "{root}/none", "--to", "{root}/run"), r"is no dataset"),
-        (("train", "n-cnn", "--data", "{half}", "--to", "{root}/run"), r"4 of 5 shards.*raylens simulate"),
-        (("train", "n-cnn", "--data", "{data}", "--validation", "{half}", "--to", "{root}/run"), r"no manifest"),
-        (("train", "n-cnn", "--data", "{data}", "--to", "{root}/n8"), r"stands already; go on with --resume"),
-        (("train", "n-cnn", "--data", "{data}", "--to", "{root}/notes.toml/run"), r"notes\.toml/run: not a directory"),
+        (("train", "n-cnn", "--data", "{data}", "--to", "{root}/run"), r"from a recipe file, tiny, .* --recipe FILE"),
+        ((*TRAIN, "--data", "{root}/none", "--to", "{root}/run"), r"is no dataset"),
+        ((*TRAIN, "--data", "{half}", "--to", "{root}/run"), r"4 of 5 shards.*raylens simulate"),
+        ((*TRAIN, "--data", "{data}", "--validation", "{half}", "--to", "{root}/run"), r"no manifest"),
+        ((*TRAIN, "--data", "{data}", "--to", "{root}/n8"), r"stands already; go on with --resume"),
+        ((*TRAIN, "--data", "{data}", "--to", "{root}/notes.toml/run"), r"notes\.toml/run: not a directory"),
         (
-            ("train", "n-cnn", "--data", "{data}", "--to", "{root}/run", "--set", "training.num_epoch=3"),
+            (*TRAIN, "--data", "{data}", "--to", "{root}/run", "--set", "training.num_epoch=3"),
             r"did you mean training\.num_epochs\?",
         ),
         (
-            ("train", "n-cnn", "--data", "{data}", "--to", "{root}/run", "--set", "model.filters=[4,4,4,4,4]"),
+            (*TRAIN, "--data", "{data}", "--to", "{root}/run", "--set", "model.filters=[4,4,4,4,4]"),
             r"8 x 8|pixels",
         ),
         (
@@ -169,7 +175,7 @@ def test_a_line_that_is_not_understood_is_wrong_usage(main, tmp_path, words, adv
 @pytest.mark.parametrize("words", [
     ("simulate", "smoke", "--to", "{bucket}/new"),
     ("verify", "{bucket}/new"),
-    ("train", "n-cnn", "--data", "{data}", "--to", "{bucket}/run"),
+    (*TRAIN, "--data", "{data}", "--to", "{bucket}/run"),
 ], ids=" ".join)  # fmt: skip
 @pytest.mark.parametrize("credentials", [True, False], ids=["dead endpoint", "no credentials"])
 def test_s3_that_cannot_be_reached_is_one_line(
@@ -186,6 +192,33 @@ def test_s3_that_cannot_be_reached_is_one_line(
     assert_refused(ran, "check AWS_ENDPOINT_URL" if credentials else "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     assert s3 in ran.errors[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_doctor_tries_the_place_it_is_given_and_no_other(main, s3, surroundings, dead_endpoint, tmp_path, ray_cluster):
+    """Credentials are often good for one bucket only, and come from more places than variables."""
+    (tmp_path / "file").write_text("x")
+
+    found = main("doctor", f"{s3}/new")
+    blocked = main("doctor", str(tmp_path / "file"))
+    surroundings(AWS_ENDPOINT_URL=dead_endpoint)
+    dead, untried = main("doctor", f"{s3}/new"), main("doctor")
+
+    assert found.facts["storage"]["detail"] == f"{s3}/new can be written"
+    assert_refused(blocked, r"^error: storage: .*/file cannot be written: file exists")
+    assert_refused(dead, r"^error: storage: s3://bucket/new cannot be written: no S3 server answers")
+    assert found.returncode == untried.returncode == 0
+    assert "raylens doctor s3://bucket/prefix" in untried.facts["storage"]["detail"]
+
+
+def test_a_measure_that_is_not_defined_is_a_dash(main, monkeypatch):
+    """Where a recipe holds alpha, its gradient is not; and a format error would come after hours."""
+    metrics = {"n_gradient": 0.97123, "alpha_gradient": None}
+    monkeypatch.setattr(reproduce, "reproduce", lambda *words, **options: {"metrics": metrics, "report": "r.html"})
+
+    ran = main("reproduce", "smoke", "--to", "root")
+
+    assert ran.stdout.splitlines()[:2] == ["n_gradient      0.9712", "alpha_gradient  -"]
+    assert ran.facts["metrics"] == metrics
 
 
 def test_a_process_of_its_own_says_the_same(cli, tmp_path):
@@ -214,6 +247,25 @@ def test_what_fails_in_a_worker_is_one_line_too(main, half, tiny, tmp_path, ray_
 
     assert_refused(ran, rf"^error: {blocked}: is a directory\.$")
     assert not (Path(half) / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "how"),
+    [
+        (("show", "smoke"), "again"),
+        (("train", "n-cnn", "--data", "d", "--to", "r", "--recipe", "smoke"), "with --resume"),
+        (("train", "n-cnn", "--data", "d", "--to", "r", "--recipe", "smoke", "--resume"), "again"),
+    ],
+)
+def test_an_interruption_says_how_to_go_on(main, monkeypatch, words, how):
+    """A run that stands is refused without --resume; the other verbs go on by themselves."""
+
+    def interrupted(recipe):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "load", interrupted)
+
+    assert_refused(main(*words), f"^error: interrupted; run the same command {how} to go on\\.$")
 
 
 def test_debug_shows_where_it_failed(main):
@@ -371,7 +423,8 @@ def test_a_dataset_is_simulated_verified_and_trained_on_in_s3(main, tiny, s3, tm
     verified = main("verify", uri)
     settings = ("model.filters=[4]", "model.kernel_size=3", "training.num_epochs=1")
     trained = main(
-        "train", "n-cnn", "--data", uri, "--to", f"{s3}/cli/run", "--quiet", *(f"--set={one}" for one in settings)
+        "train", "n-cnn", "--recipe", recipe, "--data", uri, "--to", f"{s3}/cli/run", "--quiet",
+        *(f"--set={one}" for one in settings),
     )  # fmt: skip
 
     assert verified.returncode == 0
@@ -380,4 +433,5 @@ def test_a_dataset_is_simulated_verified_and_trained_on_in_s3(main, tiny, s3, tm
     assert (trained.facts["run"], trained.facts["num_epochs"]) == (f"{s3}/cli/run", 1)
     assert min(trained.facts[name] for name in ("seconds", "cpu_seconds", "images_per_second")) > 0
     assert models.read_card(f"{s3}/cli/run", "n-cnn").dataset == uri
+    assert models.read_card(f"{s3}/cli/run", "n-cnn").recipe == "tiny"
     assert {"model.json", "model.safetensors", "metrics.jsonl", "tensorboard"} <= storage.names(f"{s3}/cli/run")

@@ -102,6 +102,17 @@ def test_columns_of_the_whole_dataset_come_in_the_order_of_the_rows(complete, si
         np.testing.assert_array_equal(values, rows[name])
 
 
+def test_the_first_rows_of_a_dataset_can_be_opened_alone(complete):
+    """A smaller experiment must not be done on all that happens to stand."""
+    whole, first = dataset.Dataset.open(complete), dataset.Dataset.open(complete, 6)
+
+    assert first.num_images == 6
+    assert [rows for _, rows in first.parts] == [4, 2]
+    np.testing.assert_array_equal(first.read(["lens_mass"])["lens_mass"], whole.read(["lens_mass"])["lens_mass"][:6])
+    with pytest.raises(ValueError, match=r"holds 10 images, and 11 are asked for; `raylens .* --num-images 11`"):
+        dataset.Dataset.open(complete, 11)
+
+
 def test_nothing_but_shards_ends_in_parquet_and_all_lies_flat(complete):
     """Readers take *.parquet of the folder."""
     assert sorted(os.listdir(complete)) == [

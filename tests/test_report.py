@@ -1,6 +1,7 @@
 """The page of a report: whether what it says is what results.json and the paper say, and what it may hold.
 
-`results_example.json` is a run of `raylens evaluate` on the recipe smoke, with fewer bins and subhaloes.
+`results_example.json` is a run of `raylens evaluate` on the recipe smoke, with fewer bins and subhaloes
+and rounded costs; `test_evaluate.py` sees to it that it has the shape of what is written today.
 """
 
 import copy
@@ -227,6 +228,42 @@ def test_what_is_optional_may_be_absent_and_is_told_when_there():
     assert "figures 2 and 3 are not drawn" in without
     assert "Machine: 1 node, 2 CPU cores, 0 GPUs, AMD EPYC 7B13." in told
     assert "<td>2 h 05 min</td><td>90.0 s</td><td>1,234</td>" in told
+
+
+def test_an_evaluation_alone_says_what_runs_and_predictions_cost():
+    """`raylens reproduce` is not the only way; a table of dashes would tell nothing."""
+    results = example()
+
+    cost = report([results]).split("<h3>Cost</h3>")[1].split("</table>")[0]
+
+    for stage, facts in (
+        ("train n-cnn", results["n_cnn"]),
+        ("train alpha-cnn", results["alpha_cnn"]),
+        ("evaluate", results["cost"]),
+    ):
+        rate = facts.get("metrics", facts)["images_per_second"]
+        cells = f"<td>{facts['seconds']:.1f} s</td><td>{facts['cpu_seconds']:.1f} s</td><td>{rate:,.0f}</td>"
+        assert f'<th scope="row">{stage}</th>{cells}' in cost
+    assert "–" not in cost
+
+
+def test_where_alpha_is_held_there_is_no_best_gradient_of_it():
+    """One minus RMSE over a variance that is a rounding error would be a number of sixteen digits."""
+    held = [entry for entry in EXAMPLE["datasets"] if entry["alpha"] == -2.4]
+
+    page = report([example(datasets=held)])
+
+    assert re.search(r"with our RMSE it would be [−.\d]+ for N\.", page)
+
+
+@pytest.mark.parametrize(("drawable", "told"), [([-1.6, -1.8], "at α = −1.6. Top"), ([-1.8], "so it is not drawn")])
+def test_figure_2_shows_the_slopes_that_could_be_drawn(drawn, drawable, told):
+    """A mass function may be an experiment at one slope and too much for a computer at another."""
+    illustration = copy.deepcopy(EXAMPLE["illustration"])
+    like = illustration["populations"][0]
+    illustration["populations"] = [like | {"alpha": alpha} for alpha in drawable]
+
+    assert told in report([example(illustration=illustration)])
 
 
 def test_several_results_begin_with_an_overview():

@@ -1,11 +1,14 @@
 """The main job on real components, small: every stage, its output, and that nothing is done twice."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from test_cli import make_run
 
-from raylens import storage
+from raylens import generate, models, reproduce, storage
+from raylens.config import Experiment
 from raylens.recipes import smoke
 
 TINY = (
@@ -52,6 +55,47 @@ def test_main_job_makes_everything_and_a_second_run_nothing(cli, recipe, tmp_pat
     results = json.loads(Path(facts["results"]).read_text())
     assert [entry["alpha"] for entry in results["datasets"]] == [None, -1.6, -1.8, -2.0, -2.2, -2.4]
     assert {stage["stage"] for stage in results["stages"]} >= {"simulate train", "train n-cnn", "train alpha-cnn"}
+
+
+def test_results_are_those_of_the_networks_and_test_sets_that_stand(tmp_path, ray_cluster):
+    """A network that was trained again must not be told by the numbers of the one before."""
+    experiment, root = Experiment.parse(TINY), str(tmp_path / "root")
+    first = reproduce.reproduce(experiment, root)
+    place = Path(first["results"])
+    make_run(Path(first["runs"]["n-cnn"]), "n-cnn", 16)
+
+    second = reproduce.reproduce(experiment, root)
+    results = json.loads(place.read_text())
+    place.write_text(json.dumps(results | {"datasets": results["datasets"][1:]}))
+    third = reproduce.reproduce(experiment, root)
+
+    card = models.read_card(first["runs"]["n-cnn"], "n-cnn")
+    assert results["n_cnn"]["num_parameters"] == card.num_parameters
+    assert second["metrics"]["n_rmse"] != first["metrics"]["n_rmse"]
+    assert json.loads(place.read_text())["datasets"] == results["datasets"]
+    assert third["metrics"] == second["metrics"]
+    assert min(first[name] for name in ("seconds", "cpu_seconds", "images_per_second")) > 0
+    assert 0 < second["cpu_seconds"] < first["cpu_seconds"]
+    assert first["gpu_seconds"] == second["images_per_second"] == 0
+
+    # More images than the recipe asks for change nothing.
+    for split in ("train", "validation", "test"):
+        generate.simulate(experiment.simulation, root, recipe="tiny", split=split, num_images=300)
+    fourth = reproduce.reproduce(experiment, root)
+    shutil.rmtree(first["runs"]["n-cnn"])
+    fifth = reproduce.reproduce(experiment, root)
+
+    assert fourth["metrics"] == third["metrics"]
+    assert fifth["metrics"] == first["metrics"]
+
+
+def test_an_experiment_of_which_a_split_cannot_be_drawn_is_refused_at_once(tmp_path):
+    """And not at its last test set, after a night."""
+    experiment = Experiment.parse(TINY).override({"subhalos.mass_min": 3e6, "subhalos.alpha": -1.6})
+
+    with pytest.raises(ValueError, match=r"split test-alpha-2\.4 would hold about"):
+        reproduce.reproduce(experiment, str(tmp_path / "root"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_main_job_runs_on_object_storage(cli, s3, recipe):

@@ -186,11 +186,24 @@ def test_too_many_subhalos_are_refused():
     """A slip in mass_min would fill the memory before the first image."""
     many = Simulation().override({"subhalos.mass_min": 1e3})
 
-    with pytest.raises(ValueError, match=r"about 5e\+08 subhaloes, .* raise subhalos.mass_min \(now 1000 Msun\)"):
+    with pytest.raises(
+        ValueError, match=r"about [\d.]+e\+08 subhaloes at slope -2\.5, .* raise subhalos.mass_min \(now 1000 Msun\)"
+    ):
         require_drawable(many)
 
 
+def test_only_the_slopes_of_a_split_must_be_drawable():
+    """A light mass_min is no mistake where the slope is shallow, though at -2.4 it would be."""
+    shallow = Simulation().override({"subhalos.mass_min": 3e6, "subhalos.alpha": -1.6})
+
+    for split in ("train", "test", "test-alpha-2.2"):
+        require_drawable(shallow, split)
+    with pytest.raises(ValueError, match=r"split test-alpha-2\.4 would hold about 1\.4e\+05 subhaloes at slope -2\.4"):
+        require_drawable(shallow, "test-alpha-2.4")
+
+
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
-def test_recipes_are_drawable(recipe):
+def test_recipes_are_drawable(recipe, split):
     """The refusal above must leave the paper alone."""
-    require_drawable(recipes.load(recipe).simulation)
+    require_drawable(recipes.load(recipe).simulation, split)

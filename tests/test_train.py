@@ -2,13 +2,21 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import safetensors.torch
+import torch
 
-from raylens import dataset, models, train
+from raylens import learning, models, train
+from raylens.cli import _Epochs
 from raylens.config import Model, Network, Simulation, Training
+from raylens.dataset import Dataset
+from raylens.simulate import simulate_block
 
 SIMULATION = Simulation().override({"camera.num_pixels": 12, "camera.pixel_scale": 0.5, "camera.psf_sigma": 0.0})
 NETWORK = Network(
@@ -17,8 +25,8 @@ NETWORK = Network(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, make_dataset) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"), SIMULATION, num_images=150, shard_size=64)
+def data(tmp_path_factory, make_dataset) -> Dataset:
+    return Dataset.open(make_dataset(tmp_path_factory.mktemp("data"), SIMULATION, num_images=150, shard_size=64))
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +72,78 @@ def test_resumed_training_equals_uninterrupted_training(whole, data, tmp_path, r
     assert losses == [(record["train_loss"], record["validation_loss"]) for record in history(whole)]
 
 
+def test_a_run_knows_what_all_of_it_cost_and_a_call_what_it_did(data, tmp_path, ray_cluster):
+    """A run that was interrupted ten times did not cost what its last hour did."""
+    run = str(tmp_path / "run")
+    first = train.train("n-cnn", NETWORK, run, data=data, recipe="tiny")
+    before = models.read_card(run, "n-cnn")
+
+    second = train.train(
+        "n-cnn", NETWORK.override({"training.num_epochs": 3}), run, data=data, recipe="tiny", resume=True
+    )
+
+    card, elapsed = models.read_card(run, "n-cnn"), [record["elapsed"] for record in history(run)]
+    assert elapsed == sorted(elapsed)
+    assert card.seconds == pytest.approx(elapsed[1] + second.seconds)
+    assert elapsed[1] < before.seconds == first.seconds < elapsed[2] < card.seconds
+    assert card.cpu_seconds == pytest.approx(first.cpu_seconds + second.cpu_seconds)
+    assert min(first.cpu_seconds, second.cpu_seconds, second.images_per_second) > 0
+    assert card.gpu_seconds == second.gpu_seconds == 0
+
+
+def test_a_slope_that_is_held_has_no_gradient(make_dataset, tmp_path, capsys, ray_cluster):
+    """A recipe may fix alpha; a gradient of zero would say that the network learnt nothing."""
+    fixed = make_dataset(tmp_path, SIMULATION.override({"subhalos.alpha": -1.9}), num_images=40, shard_size=20)
+
+    data, run = Dataset.open(fixed), str(tmp_path / "run")
+    train.train("alpha-cnn", NETWORK, run, data=data, recipe="tiny", progress=_Epochs("alpha-cnn", 2))
+
+    told = capsys.readouterr().err
+    assert [record["validation_gradient"] for record in history(str(tmp_path / "run"))] == [None, None]
+    assert models.read_card(str(tmp_path / "run"), "alpha-cnn").metrics["validation_gradient"] is None
+    assert told.count("gradient -  ") == 2
+
+
+def test_two_workers_validate_the_network_that_is_saved(cli, make_dataset, tiny, tmp_path):
+    """Each has batch-normalisation statistics of its own, and the first's are kept."""
+    data, run = make_dataset(tmp_path, tiny, num_images=64, shard_size=16), str(tmp_path / "run")
+    settings = (
+        "model.filters=[4]",
+        "model.dense=8",
+        "training.num_epochs=4",
+        "training.batch_size=4",
+        "training.learning_rate=0.01",
+    )
+
+    ran = cli(
+        "train", "n-cnn", "--data", data, "--to", run, "--recipe", "smoke", "--num-workers", "2",
+        *(f"--set={setting}" for setting in settings), RAY_OVERRIDE_RESOURCES='{"CPU": 3}',
+    )  # fmt: skip
+
+    assert ran.returncode == 0, ran.stderr
+    rows = np.sort(np.random.default_rng(0).choice(64, 6, replace=False))
+    columns = simulate_block(tiny, rows)
+    true_B = torch.from_numpy(columns["num_subhalos"]).float()
+    block = learning.Block(torch.from_numpy(columns["image"]), true_B, true_B)
+    measured = learning.validate(models.load(run, "n-cnn"), [block]).rmse
+    assert models.read_card(run, "n-cnn").metrics["validation_rmse"] == pytest.approx(measured, rel=1e-6)
+
+
+def test_an_interrupted_training_says_how_it_goes_on(data, tmp_path):
+    """The same command without --resume is refused."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "raylens", "train", "n-cnn", "--data", data.uri, "--to", str(run)]
+    command += ["--recipe", "smoke", "--set", "model.filters=[4]", "--set", "training.num_epochs=100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as training:
+        while not (run / "metrics.jsonl").exists() and training.poll() is None:
+            time.sleep(0.1)
+        training.send_signal(signal.SIGINT)
+        _, errors = training.communicate(timeout=60)
+
+    assert training.returncode == 1, errors
+    assert errors.splitlines()[-1] == "error: interrupted; run the same command with --resume to go on."
+
+
 def test_a_run_that_stands_is_refused_without_resume(whole, data):
     """Overwriting last night's run is no way to start a new one."""
     with pytest.raises(ValueError, match=r"stands already; go on with --resume"):
@@ -73,7 +153,7 @@ def test_a_run_that_stands_is_refused_without_resume(whole, data):
 def test_scaling_and_baselines_come_from_training_labels_alone(whole, data):
     """The held-out tenth, like a test set, must not be known to what it measures."""
     card = models.read_card(whole, "n-cnn")
-    labels = dataset.Dataset.open(data).read(["num_subhalos"])["num_subhalos"].astype(float)
+    labels = data.read(["num_subhalos"])["num_subhalos"].astype(float)
     held_out = np.zeros(150, bool)
     held_out[np.random.default_rng(0).choice(150, 15, replace=False)] = True
 
@@ -88,9 +168,18 @@ def test_more_workers_than_the_cluster_holds_are_refused(data, tmp_path, ray_clu
     assert not list(tmp_path.iterdir())
 
 
-def test_validation_images_of_another_size_are_refused(data, tmp_path, make_dataset):
-    """A network takes one size."""
-    other = make_dataset(tmp_path, SIMULATION.override({"camera.num_pixels": 10}), split="validation")
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"camera.num_pixels": 10}, r"camera\.num_pixels is 10 there and 12 here"),
+        ({"lens.theta_E": 1.2}, r"lens\.theta_E is 1\.2 there and 1\.5 here"),
+    ],
+)
+def test_a_validation_set_of_another_simulation_is_refused(data, tmp_path, make_dataset, changes, difference):
+    """It would choose the epoch by another task, and nobody would see."""
+    other = make_dataset(tmp_path, SIMULATION.override(changes), split="validation")
 
-    with pytest.raises(ValueError, match=r"images of one size; got 12 pixels .* and 10"):
-        train.train("n-cnn", NETWORK, str(tmp_path / "run"), data=data, validation=other, recipe="tiny")
+    with pytest.raises(
+        ValueError, match=rf"is of another simulation than .*: {difference}\. Validate on another split"
+    ):
+        train.train("n-cnn", NETWORK, str(tmp_path / "run"), data=data, validation=Dataset.open(other), recipe="tiny")
