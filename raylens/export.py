@@ -26,7 +26,7 @@ from astropy.io import fits
 
 from raylens import shards, storage
 from raylens.config import Camera, Simulation
-from raylens.dataset import Dataset, Plan
+from raylens.dataset import Dataset, Plan, shard_uri
 
 # The file is made in memory, and a reader walks through one header for each image: more is for Parquet.
 MAX_BYTES = 1 << 30
@@ -265,14 +265,15 @@ def _fits_unit(unit: str) -> str:
 
 def _read(data: Dataset, rows: range, columns: list[str]) -> Iterator[pa.Table]:
     """Yield columns of the rows of a range, a table for each shard that it touches."""
-    size, places = data.plan.shard_size, data.shard_uris
+    size = data.plan.shard_size
     for number in range(rows.start // size, (rows.stop - 1) // size + 1):
+        place = shard_uri(data.uri, number)
         try:
-            table = shards.read(places[number], columns)
+            table = shards.read(place, columns)
         except (OSError, pa.ArrowException) as error:
             reason = str(error).strip().rstrip(".")
             raise OSError(
-                f"{places[number]} cannot be read: {reason}. `raylens verify {data.uri}` checks every shard."
+                f"{place} cannot be read: {reason}. `raylens verify {data.uri}` checks every shard."
             ) from error
         start = max(rows.start - number * size, 0)
         yield table.slice(start, rows.stop - number * size - start)

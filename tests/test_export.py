@@ -46,7 +46,7 @@ def data(make_dataset, simulation, tmp_path_factory) -> str:
 def table(data) -> pa.Table:
     """All of it, as the dataset has it."""
     columns = ["index", "image", *shards.TRUTH, *shards.CATALOGUE]
-    return pa.concat_tables(shards.read(uri, columns) for uri in dataset.Dataset.open(data).shard_uris)
+    return pa.concat_tables(shards.read(uri, columns) for uri, _ in dataset.Dataset.open(data).parts)
 
 
 @pytest.fixture(scope="module")

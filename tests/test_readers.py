@@ -160,7 +160,7 @@ def image_of(row: dict[str, Any], *, camera: Camera, source_sigma: float) -> np.
 
 
 def rows_of(uri: str) -> list[dict[str, Any]]:
-    return [row for shard in dataset.Dataset.open(uri).shard_uris for row in pq.read_table(shard).to_pylist()]
+    return [row for shard, _ in dataset.Dataset.open(uri).parts for row in pq.read_table(shard).to_pylist()]
 
 
 @pytest.mark.parametrize("source_sigma", [0.9, {"uniform": [0.5, 1.0]}], ids=["one source", "varied sources"])
