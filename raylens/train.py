@@ -102,15 +102,8 @@ def train(
 
 def _require_same_simulation(data: Dataset, validation: Dataset) -> None:
     """Refuse to validate on images that were not drawn as those trained on: another task would choose the epoch."""
-    # With another seed, engine or catalogue they are drawn alike.
-    there, here = (
-        {
-            name: value
-            for name, value in one.plan.simulation.as_dict().items()
-            if name not in ("seed", "engine", "output")
-        }
-        for one in (validation, data)
-    )
+    apart = {"seed", "engine", "output"}  # with others of these, images are drawn alike
+    there, here = (one.plan.simulation.model_dump(mode="json", exclude=apart) for one in (validation, data))
     if there != here:
         raise ValueError(
             f"{validation.uri} is of another simulation than {data.uri}: {shards.difference(there, here)}. "
