@@ -32,11 +32,11 @@ from raylens import dataset, generate, shards, storage
 from raylens.config import Experiment
 from raylens.dataset import Dataset
 
-NUM_SHARDS, SHARD_SIZE = 24, 4
+NUM_SHARDS, SHARD_SIZE = 12, 8
 NUM_IMAGES = NUM_SHARDS * SHARD_SIZE
 
-# Nearly one request in five fails, and some are late.
-FAULTS = Faults(unavailable=0.10, dropped=0.03, lost=0.03, cut=0.02, stalled=0.03)
+# Nearly one request in five fails, and some are late; with this seed each kind is among the first 25.
+FAULTS = Faults(unavailable=0.10, dropped=0.03, lost=0.03, cut=0.02, stalled=0.03, seed=17)
 KINDS = ("unavailable", "dropped", "lost", "cut", "stalled")
 
 
@@ -119,7 +119,7 @@ def through_faults(s3, cli, recipe) -> tuple[Observed, FaultyProxy]:
 @pytest.fixture(scope="module", params=["vanished", pytest.param("unavailable", marks=pytest.mark.slow)])
 def interrupted(request, s3, cli, recipe) -> tuple[Observed, FaultyProxy]:
     """A run whose server goes away when some shards are made."""
-    faults = Faults(num_before_gone=40, gone=request.param)
+    faults = Faults(num_before_gone=25, gone=request.param)
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], faults) as proxy:
         return observe(cli, *command(recipe, f"{s3}/{request.param}"), AWS_ENDPOINT_URL=proxy.endpoint), proxy
 
@@ -157,8 +157,8 @@ def test_a_dataset_verifies_through_a_server_that_fails_now_and_then(through_fau
 
 def test_a_conditional_write_whose_answer_is_lost_is_known_to_have_succeeded(s3, surroundings):
     """The next attempt meets what the first has put, which must not look like another run's."""
-    uris = [f"{s3}/{uuid.uuid4().hex}" for _ in range(16)]
-    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], Faults(lost=0.5)) as proxy, ThreadPoolExecutor(8) as pool:
+    uris = [f"{s3}/{uuid.uuid4().hex}" for _ in range(8)]
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], Faults(lost=0.4)) as proxy, ThreadPoolExecutor(8) as pool:
         surroundings(AWS_ENDPOINT_URL=proxy.endpoint)
 
         made = list(pool.map(lambda uri: storage.write_if(uri, b"sound", standing=None), uris))
@@ -168,7 +168,7 @@ def test_a_conditional_write_whose_answer_is_lost_is_known_to_have_succeeded(s3,
     assert all(made)
     assert all(replaced)
     assert not any(refused)
-    assert proxy.counts["lost"] > 16
+    assert proxy.counts["lost"] > 8
 
 
 def test_a_server_that_goes_away_ends_the_run_soon_and_in_one_line(interrupted, s3):
