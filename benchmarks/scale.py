@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--to", default=None, help="where the datasets go, and are removed from; a temporary folder")
-    parser.add_argument("--num-empty-shards", type=int, default=100_000)
+    parser.add_argument("--num-empty-tasks", type=int, default=1000)
     arguments = parser.parse_args()
     num_cpus = len(os.sched_getaffinity(0))
     print(f"{num_cpus} cores")
@@ -50,7 +50,7 @@ def main() -> None:
         size["share"] = size["images_per_second"] / (num_cpus * facts["engine"])
         print(f"{size['num_images']:10,} images: {size['share']:.2f} of {num_cpus} x one core's {facts['engine']:,.0f}")
 
-    facts["driver"] = [alone(empty_shards, arguments.num_empty_shards, per_task) for per_task in (1, 8, 32)]
+    facts["driver"] = [alone(empty_shards, arguments.num_empty_tasks, per_task) for per_task in (1, 8, 32)]
     for row in facts["driver"]:
         print(
             f"{row['shards_per_task']:3} empty shards a task: {row['shards_per_second']:8,.0f} shards/s, "
@@ -109,7 +109,7 @@ def tell(size: dict[str, Any]) -> None:
     print("\n    ".join(lines).format(**size), flush=True)
 
 
-def empty_shards(num_shards: int, shards_per_task: int) -> dict[str, float]:
+def empty_shards(num_tasks: int, shards_per_task: int) -> dict[str, float]:
     """Return how many shards that cost nothing go through Ray Data, and what one costs the driver."""
     import ray.data
 
@@ -124,7 +124,8 @@ def empty_shards(num_shards: int, shards_per_task: int) -> dict[str, float]:
 
     cluster.connect()
     made = generate.Made()
-    numbers = ray.data.range(num_shards, override_num_blocks=-(-num_shards // shards_per_task))
+    num_shards = num_tasks * shards_per_task
+    numbers = ray.data.range(num_shards, override_num_blocks=num_tasks)
     num_before, started, cpu_started = 0, 0.0, 0.0
     rows = numbers.map_batches(make_nothing, batch_size=None)
     for task in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
