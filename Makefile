@@ -31,3 +31,8 @@ check: $(STAMP)
 benchmarks: $(STAMP)
 	.venv/bin/python benchmarks/simulate.py
 	.venv/bin/python benchmarks/generate.py
+	.venv/bin/python benchmarks/shards.py
+
+# Ten thousand, a hundred thousand and a million images: ten minutes and 15 GB.
+scale: $(STAMP)
+	.venv/bin/python benchmarks/scale.py

@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylens import dataset, recipes, simulate, storage
+from raylens import recipes, shards, simulate, storage
 
 SIMULATION = recipes.paper_fixed().simulation
 NUM_PIXELS = SIMULATION.camera.num_pixels
@@ -55,7 +55,7 @@ def steps(number: int) -> Callable:
     return lambda pixels: np.rint(pixels * np.float32(number)) * np.float32(1 / number)
 
 
-RAYLENS = "float32, plain"  # what `dataset._parquet` writes; main checks that the bytes are the same
+RAYLENS = "float32, plain"  # what `shards._parquet` writes; main checks that the bytes are the same
 
 PLAIN = {
     "compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True,
@@ -118,7 +118,7 @@ def main() -> None:
 
     starts = range(0, options.images, NUM_ROWS)
     tables = [simulated_table(range(k, min(k + NUM_ROWS, options.images))) for k in starts]
-    assert encode(tables[0], ENCODINGS[RAYLENS]) == dataset._parquet(tables[0]), "raylens writes otherwise than RAYLENS"
+    assert encode(tables[0], ENCODINGS[RAYLENS]) == shards._parquet(tables[0]), "raylens writes otherwise than RAYLENS"
     error = errors(tables[0])  # warms up every encoding, too
     twice = pa.concat_tables(2 * tables).combine_chunks()
     layouts = [layout for layout in LAYOUTS if layout.shard_size <= len(twice)]
@@ -141,7 +141,7 @@ def in_turns(contestants: Iterable, measure: Callable[..., dict[str, float]], re
 
 
 def simulated_table(rows: range) -> pa.Table:
-    return dataset.to_table(simulate.simulate_block(SIMULATION, rows), SIMULATION, "train")
+    return shards.to_table(simulate.simulate_block(SIMULATION, rows), SIMULATION)
 
 
 def encode(table: pa.Table, encoding: Encoding, row_group_size: int | None = None) -> bytes:
@@ -165,7 +165,7 @@ def with_pixels(table: pa.Table, stored: np.ndarray, *, flat: bool) -> pa.Table:
 
 
 def pixels(table: pa.Table) -> np.ndarray:
-    """As `dataset.images`, for pixels of any type in one list or in lines."""
+    """As `shards.images`, for pixels of any type in one list or in lines."""
     column = table.column("image").combine_chunks()
     while pa.types.is_fixed_size_list(column.type):
         column = column.flatten()
@@ -203,10 +203,10 @@ def encoding_rates(tables: list[pa.Table], name: str, folder: str) -> dict[str, 
 def layout_rates(table: pa.Table, layout: Layout, folder: str, bucket: str) -> dict[str, float]:
     """Return the images/s written and read of a layout, and the rows/s of the columns that are no images."""
     encoding = ENCODINGS[layout.encoding]
-    shards = range(len(table) // layout.shard_size)
-    num_images = len(shards) * layout.shard_size
-    local = [f"{folder}/{k}.parquet" for k in shards]
-    remote = [f"{bucket}/{k}.parquet" for k in shards]
+    numbers = range(len(table) // layout.shard_size)
+    num_images = len(numbers) * layout.shard_size
+    local = [f"{folder}/{k}.parquet" for k in numbers]
+    remote = [f"{bucket}/{k}.parquet" for k in numbers]
     truth = [name for name in table.column_names if name != "image"]
     shuffled = np.random.default_rng(0).permutation
 
@@ -214,20 +214,20 @@ def layout_rates(table: pa.Table, layout: Layout, folder: str, bucket: str) -> d
         return encode(table.slice(k * layout.shard_size, layout.shard_size), encoding, layout.row_group_size)
 
     def read(uri: str) -> np.ndarray:
-        """As `dataset.read_shard` does it."""
-        return encoding.load(pixels(dataset.read_shard(uri, table.column_names)))
+        """As `shards.read` does it."""
+        return encoding.load(pixels(shards.read(uri, table.column_names)))
 
     def read_whole(uri: str) -> np.ndarray:
-        """As `dataset.sound_shard` does it: s3fs brings the whole object first."""
+        """As `dataset.find_shard` does it: s3fs brings the whole object first."""
         return decode(pa.BufferReader(storage.read(uri)), encoding)
 
     def read_truth(uris: list[str]) -> None:
         """As `dataset.Dataset.read` does it."""
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda uri: dataset.read_shard(uri, truth), uris))
+            list(pool.map(lambda uri: shards.read(uri, truth), uris))
 
     contents = []
-    encoding_seconds = seconds(lambda k: contents.append(encoded(k)), shards)
+    encoding_seconds = seconds(lambda k: contents.append(encoded(k)), numbers)
     spent = {
         "write disk": encoding_seconds + seconds(write_durably, local, contents),
         "write S3": encoding_seconds + seconds(storage.write, remote, contents),
