@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         # Ray prints warnings of its own, at any time; standard output is for ours.
         with nullcontext() if "--help" in words else redirect_stdout(sys.stderr):
             status = app([word for word in words if word not in ("--quiet", "--debug")], standalone_mode=False)
+        if status == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; run the same command again to go on.")
@@ -408,8 +410,10 @@ def _explanation(error: BaseException) -> str:
         failures = getattr(link, "worker_failures", None)
         link = next(iter(failures.values())) if failures else getattr(link, "cause", None) or link.__cause__
     for link in chain:
-        if isinstance(link, (ValueError, OSError, MemoryError)) and str(link) and not hasattr(link, "worker_failures"):
-            return " ".join(str(link).split())
+        # Ray's wrapping is also of the kind of what it wraps, but its text is the worker's traceback.
+        wrapped = hasattr(link, "worker_failures") or hasattr(link, "cause")
+        if isinstance(link, (ValueError, OSError, MemoryError)) and str(link) and not wrapped:
+            return " ".join(str(link).partition("\nFailed to apply UDF transform")[0].split())  # Ray Data's advice
     # Of what fails in a task of Ray Data only the text arrives, with the traceback.
     kinds = r"raylens\.storage\.StorageError|ValueError|MemoryError|OSError"
     told = re.search(rf"^(?:{kinds}): (.+)$", str(error), re.MULTILINE)

@@ -212,7 +212,7 @@ def test_what_fails_in_a_worker_is_one_line_too(main, half, tiny, tmp_path, ray_
 
     ran = main("simulate", recipe, "--to", str(Path(half).parent), "--num-images", "20")
 
-    assert_refused(ran, rf"{blocked}: is a directory")
+    assert_refused(ran, rf"^error: {blocked}: is a directory\.$")
     assert not (Path(half) / "manifest.json").exists()
 
 

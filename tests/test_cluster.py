@@ -9,46 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import ray.cluster_utils
+from raylets import cluster, descendants, raylet
 
 from raylens import storage
 from raylens.config import Experiment, Simulation
 
 
-@contextmanager
-def cluster(head: dict, *others: dict) -> Iterator[tuple[str, list]]:
-    """A cluster's address and its nodes, the head first; workers believe what each node says of itself."""
-    believed = os.environ.pop("RAY_OVERRIDE_RESOURCES", None)
-    nodes = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **head})
-    try:
-        started = [nodes.head_node, *(nodes.add_node(**other) for other in others)]
-        yield nodes.address, started
-    finally:
-        nodes.shutdown()
-        if believed is not None:
-            os.environ["RAY_OVERRIDE_RESOURCES"] = believed
-
-
-def descendants(pid: int) -> Iterator[int]:
-    children = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = stat.read_text()
-        except OSError:
-            continue  # it has just ended
-        parent = int(text[text.rindex(")") + 2 :].split()[1])
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    waiting = [pid]
-    while waiting:
-        for child in children.get(waiting.pop(), []):
-            yield child
-            waiting.append(child)
-
-
 def has_simulated(node) -> bool:
     """Whether a worker of a node has loaded the compiler of the kernel."""
-    (raylet,) = (process.process.pid for process in node.all_processes["raylet"])
-    for pid in descendants(raylet):
+    for pid in descendants(raylet(node)):
         try:
             if "llvmlite" in Path(f"/proc/{pid}/maps").read_text():
                 return True
@@ -84,8 +53,8 @@ def simulated(address: str, simulation: Simulation, root: Path) -> Iterator[int]
 def test_simulation_keeps_off_the_head_and_off_nodes_with_gpus(tiny, tmp_path):
     """The head must answer, whatever happens, and a GPU is too dear to wait for lenses."""
     with (
-        cluster({"num_cpus": 1}, {"num_cpus": 1, "num_gpus": 1}, {"num_cpus": 1}) as (address, (head, gpu, cpu)),
-        simulated(address, tiny, tmp_path) as num_made,
+        cluster({"num_cpus": 1}, {"num_cpus": 1, "num_gpus": 1}, {"num_cpus": 1}) as (nodes, (head, gpu, cpu)),
+        simulated(nodes.address, tiny, tmp_path) as num_made,
     ):
         assert num_made == 40
         assert [has_simulated(node) for node in (head, gpu, cpu)] == [False, False, True]
@@ -95,17 +64,17 @@ def test_labels_decide_where_simulation_runs(tiny, tmp_path):
     """Who has only GPU nodes, or wants a node left alone, says so where the node is started."""
     yes, no = ({"labels": {"raylens.simulate": word}} for word in ("yes", "no"))
     with (
-        cluster({"num_cpus": 1}, {"num_cpus": 1, "num_gpus": 1, **yes}, {"num_cpus": 1, **no}) as (address, nodes),
-        simulated(address, tiny, tmp_path) as num_made,
+        cluster({"num_cpus": 1}, {"num_cpus": 1, "num_gpus": 1, **yes}, {"num_cpus": 1, **no}) as (nodes, started),
+        simulated(nodes.address, tiny, tmp_path) as num_made,
     ):
         assert num_made == 40
-        assert [has_simulated(node) for node in nodes] == [False, True, False]
+        assert [has_simulated(node) for node in started] == [False, True, False]
 
 
 def test_a_local_folder_is_refused_on_a_cluster_of_several_machines(tmp_path, cli):
     """Each machine would fill a folder of its own, and the dataset would be nowhere."""
-    with cluster({"num_cpus": 1}, {"num_cpus": 1, "node_ip_address": "127.0.0.2"}) as (address, _):
-        ran = cli("simulate", "smoke", "--to", str(tmp_path / "data"), RAY_ADDRESS=address)
+    with cluster({"num_cpus": 1}, {"num_cpus": 1, "node_ip_address": "127.0.0.2"}) as (nodes, _):
+        ran = cli("simulate", "smoke", "--to", str(tmp_path / "data"), RAY_ADDRESS=nodes.address)
 
     assert ran.returncode == 1
     (error,) = ran.errors

@@ -1,0 +1,55 @@
+"""Real nodes on this machine, each a raylet, and the processes below one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray.cluster_utils
+
+
+@contextmanager
+def cluster(head: dict[str, Any], *others: dict[str, Any]) -> Iterator[tuple[ray.cluster_utils.Cluster, list]]:
+    """A cluster and its nodes, the head first; workers believe what each node says of itself."""
+    believed = {name: os.environ.pop(name, None) for name in ("RAY_OVERRIDE_RESOURCES", "RAY_AUTH_MODE")}
+    # A local Ray protects itself with a token, and whoever joins a cluster does not: both must be told.
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    nodes = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **head})
+    try:
+        yield nodes, [nodes.head_node, *(nodes.add_node(**other) for other in others)]
+    finally:
+        nodes.shutdown()
+        for name, value in believed.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def raylet(node: Any) -> int:
+    """The process of a node that starts its workers."""
+    (process,) = node.all_processes["raylet"]
+    return process.process.pid
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """The processes that a process has started, and those that they have."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = stat.read_text()
+        except OSError:
+            continue  # it has just ended
+        parent = int(text[text.rindex(")") + 2 :].split()[1])
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    waiting = [pid]
+    while waiting:
+        for child in children.get(waiting.pop(), []):
+            yield child
+            waiting.append(child)
+
+
+def title(pid: int) -> str:
+    """What a process calls itself, as a Ray worker does after its task; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
