@@ -260,7 +260,7 @@ VERBS = {
     "show file": ("show", "{place}/recipe.json"),
     "verify": ("verify", "{place}"),
     "train on": ("train", "n-cnn", "--data", "{place}", "--to", "{root}/run"),
-    "train to": ("train", "n-cnn", "--data", "{data}", "--to", "{place}"),
+    "train to": ("train", "n-cnn", "--data", "{data}", "--to", "{place}", "--recipe", "smoke"),
     "evaluate": ("evaluate", "--n-cnn", "{place}", "--alpha-cnn", "{place}", "--data", "{data}", "--to", "{root}/r"),
     "export": ("export", "{place}", "--index", "0:2", "--to", "{root}/images.fits"),
     "export to": ("export", "{data}", "--index", "0:2", "--to", "{place}/images.fits"),
