@@ -297,7 +297,7 @@ def s3_server(folder: Path) -> Iterator[str]:
     }
     (folder / "weed").mkdir()
     command = [
-        str(Path(sys.executable).parent / "weed"), "mini", f"-dir={folder}/weed", "-ip=127.0.0.1",
+        str(Path(sys.executable).parent / "weed"), f"-logdir={folder}", "mini", f"-dir={folder}/weed", "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1", "-bucket=bucket", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0",
         "-s3.port.lance=0", "-master.telemetry=false", "-volume.preStopSeconds=0",
         f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock",

@@ -50,9 +50,9 @@ def s3(tmp_path_factory) -> Iterator[str]:
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     command = [
-        str(_WEED), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-bucket=bucket",
-        "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false",
-        "-s3.autoCreateBucket=false", "-idleTimeout=1", "-volume.preStopSeconds=0",
+        str(_WEED), f"-logdir={folder}", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        "-bucket=bucket", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+        "-master.telemetry=false", "-s3.autoCreateBucket=false", "-idleTimeout=1", "-volume.preStopSeconds=0",
         f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock",
         *(f"-{name}={port}" for name, port in ports.items()),
     ]  # fmt: skip
