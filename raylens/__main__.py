@@ -1,7 +1,5 @@
 """`python -m raylens` is `raylens`."""
 
-import sys
+from raylens.cli import run
 
-from raylens.cli import main
-
-sys.exit(main())
+run()

@@ -13,9 +13,9 @@ import re
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -40,16 +40,23 @@ To = Annotated[str, typer.Option("--to", help="where to: a local path or s3://bu
 Data = Annotated[str, typer.Option("--data", help="the dataset to train on", show_default=False)]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command line and return its exit status."""
+def run() -> NoReturn:
+    """Run the command line of this process, and end it."""
+    # Standard output stays ours to the end: Ray prints of workers that died when all else is done.
+    out, sys.stdout = sys.stdout, sys.stderr
+    sys.exit(main(out=out))
+
+
+def main(arguments: list[str] | None = None, out: TextIO | None = None) -> int:
+    """Run a command line and return its exit status; what it has to say goes to `out`, or standard output."""
     words = sys.argv[1:] if arguments is None else arguments
-    _Talk.quiet, _Talk.debug, _Talk.out = "--quiet" in words, "--debug" in words, sys.stdout
+    _Talk.quiet, _Talk.debug, _Talk.out = "--quiet" in words, "--debug" in words, out or sys.stdout
     logging.basicConfig(level=logging.DEBUG if _Talk.debug else logging.WARNING, format="%(name)s: %(message)s")
     # At DEBUG it writes each request's headers, with the session token and a signature that can be used again.
     logging.getLogger("botocore").setLevel(logging.INFO)
     try:
         # Ray prints warnings of its own, at any time; standard output is for ours.
-        with nullcontext() if "--help" in words else redirect_stdout(sys.stderr):
+        with redirect_stdout(_Talk.out if "--help" in words else sys.stderr):
             status = app([word for word in words if word not in ("--quiet", "--debug")], standalone_mode=False)
         if status == 130:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -435,3 +437,13 @@ def test_a_dataset_is_simulated_verified_and_trained_on_in_s3(main, tiny, s3, tm
     assert models.read_card(f"{s3}/cli/run", "n-cnn").dataset == uri
     assert models.read_card(f"{s3}/cli/run", "n-cnn").recipe == "tiny"
     assert {"model.json", "model.safetensors", "metrics.jsonl", "tensorboard"} <= storage.names(f"{s3}/cli/run")
+
+
+def test_what_is_printed_when_all_else_is_done_does_not_follow_the_facts():
+    """Ray says that a worker has died when it hears of it, which may be after the last line."""
+    late = "import atexit; from raylens import cli; atexit.register(print, 'a worker died'); cli.run()"
+
+    ran = subprocess.run([sys.executable, "-c", late, "recipes"], capture_output=True, text=True, check=True)
+
+    assert json.loads(ran.stdout.splitlines()[-1])["recipes"]
+    assert ran.stderr == "a worker died\n"
