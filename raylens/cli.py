@@ -158,7 +158,10 @@ def _foresee(
 ) -> None:
     """Say what `simulate` would make, where, and what that would cost."""
     from raylens import dataset, generate
+    from raylens.simulate import require_drawable
 
+    require_drawable(simulation, split)
+    storage.check_writable(to)
     uri = dataset.location(to, recipe=recipe, split=split, simulation=simulation)
     plan = dataset.plan_for(
         uri, recipe=recipe, split=split, simulation=simulation, num_images=num_images, shard_size=shard_size
@@ -191,8 +194,23 @@ def verify(dataset: Annotated[str, typer.Argument(help="the dataset", show_defau
         seconds=time.perf_counter() - started,
     )
     if wrong:
-        return _fail(f"{dataset} is not sound: {wrong[0]}. `{datasets.command(storage.absolute(dataset))}` mends it.")
+        return _fail(f"{dataset} is not sound: {wrong[0].removesuffix('.')}. {_cure(storage.absolute(dataset), wrong)}")
     return 0
+
+
+def _cure(dataset: str, wrong: list[str]) -> str:
+    """Return what mends a dataset, the first of whose faults is told."""
+    from raylens import dataset as datasets
+
+    plan = datasets.read_plan(dataset)
+    if wrong[0].startswith("dataset.json has been changed"):
+        return "Put back the one that was there."
+    belongs = datasets.location(".", recipe=plan.recipe, split=plan.split, simulation=plan.simulation)
+    if dataset.rsplit("/", 1)[-1] != belongs.rsplit("/", 1)[-1]:
+        return f"It was called {belongs.rsplit('/', 1)[-1]}; with that name `raylens simulate` mends it."
+    if wrong[0].endswith("is not in the manifest"):
+        return "Move what does not belong there away."
+    return f"`{datasets.command(dataset)}` mends it."
 
 
 @app.command()

@@ -24,7 +24,7 @@ SIMULATE = "raylens.simulate"  # the label of a node that says whether it simula
 # Of what users of clusters mount on all nodes, as the kernel names it.
 _SHARED_FILE_SYSTEMS = {
     "nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "fuse.ceph", "cifs", "smb3", "afs", "pvfs2", "wekafs",
-    "fuse.glusterfs", "fuse.juicefs", "fuse.s3fs", "fuse.gcsfuse", "fuse.sshfs",
+    "fuse.glusterfs", "fuse.juicefs", "fuse.sshfs",
 }  # fmt: skip
 
 

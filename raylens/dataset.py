@@ -27,6 +27,7 @@ from raylens import __version__, shards, storage
 from raylens.config import SIMULATOR_VERSION, SPLITS, Settings, Simulation
 
 SHARD_SIZE = 1024  # images; a shard of 60 x 60 pixels is 15 MB
+MAX_SHARDS = 100_000  # beyond, their names in alphabetical order, in which many read them, are not in that of the rows
 
 
 class Plan(Settings):
@@ -140,7 +141,7 @@ def read_plan(uri: str) -> Plan:
 
 
 def read_manifest(uri: str) -> Manifest | None:
-    """Return the manifest of the dataset at a URI; None if it has none."""
+    """Return the manifest of the dataset at a URI; None if it has none; ValueError if it is not what it was."""
     place = storage.join(uri, "manifest.json")
     return _parse(Manifest, place) if storage.exists(place) else None
 
@@ -159,8 +160,21 @@ def plan_for(
     Raises
     ------
     ValueError
-        If a dataset of another shard size than the one asked for stands there, or of another simulation.
+        If a dataset of another shard size than the one asked for stands there, or of another simulation,
+        or if it would have more than `MAX_SHARDS`.
     """
+    plan = _plan_for(uri, recipe, split, simulation, num_images, shard_size)
+    if plan.num_shards > MAX_SHARDS:
+        raise ValueError(
+            f"a dataset has at most {MAX_SHARDS:,} shards; {plan.num_images:,} images in shards of {plan.shard_size} "
+            f"are {plan.num_shards:,}. Choose --shard-size {math.ceil(plan.num_images / MAX_SHARDS)} or more."
+        )
+    return plan
+
+
+def _plan_for(
+    uri: str, recipe: str, split: str, simulation: Simulation, num_images: int, shard_size: int | None
+) -> Plan:
     if not storage.exists(storage.join(uri, "dataset.json")):
         return Plan(
             recipe=recipe,
@@ -198,15 +212,22 @@ def require_same_simulator(uri: str, plan: Plan) -> None:
 
 
 def begin(uri: str, plan: Plan) -> None:
-    """Write the plan of a dataset that `plan_for` returned, unless it stands."""
-    place, text = storage.join(uri, "dataset.json"), _json(plan.as_dict())
+    """Write the plan of a dataset that `plan_for` returned, unless it stands.
+
+    Raises
+    ------
+    ValueError
+        If another run has meanwhile planned otherwise; the plan that stands is only ever extended.
+    """
+    place, text = storage.join(uri, "dataset.json"), _json(plan.as_dict()).encode()
     standing = storage.read_if_there(place)
-    if standing == text.encode():
+    if standing == text:
         return
-    if standing is None and not storage.write_if(place, text.encode(), standing=None):
-        raise ValueError(f"{uri} has just been begun by another run; run the same command again.")
-    storage.remove(storage.join(uri, "manifest.json"))  # first, or it would name a dataset that is not there
-    storage.write(place, text)
+    if standing is None or _extends(plan, standing):
+        storage.remove(storage.join(uri, "manifest.json"))  # first, or it would name a dataset that is not there
+        if storage.write_if(place, text, standing=standing):
+            return
+    raise ValueError(f"{uri} has just been begun otherwise by another run; run the same command again.")
 
 
 def command(uri: str) -> str:
@@ -227,7 +248,7 @@ def shard_name(number: int) -> str:
 
 def standing_shards(uri: str) -> set[str]:
     """Return the names of the shards that stand, sound or not."""
-    return {name for name in storage.names(uri) if re.fullmatch(r"part-\d{5,}\.parquet", name)}
+    return {name for name in storage.names(uri) if re.fullmatch(r"part-\d{5}\.parquet", name)}
 
 
 def shard_uri(uri: str, number: int) -> str:
@@ -302,8 +323,11 @@ def finish(uri: str, plan: Plan, entries: list[Entry], processors: set[str]) -> 
 def verify(uri: str) -> list[str]:
     """Return what is wrong with the dataset at a URI, a line each; none if it is complete and sound."""
     uri = storage.absolute(uri)
-    plan, manifest = read_plan(uri), read_manifest(uri)
-    standing = standing_shards(uri)
+    plan, standing = read_plan(uri), standing_shards(uri)
+    try:
+        manifest = read_manifest(uri)
+    except ValueError as error:
+        return [str(error)]
     if manifest is None:
         return [f"no manifest, and {len(standing)} of {plan.num_shards} shards: simulation did not finish"]
     wrong = []
@@ -329,6 +353,11 @@ def verify(uri: str) -> list[str]:
     with ThreadPoolExecutor(8) as pool:
         wrong += [line for line in pool.map(fault, enumerate(manifest.shards)) if line]
     return wrong
+
+
+def _extends(plan: Plan, standing: bytes) -> bool:
+    there = Plan.parse(json.loads(standing))
+    return plan.num_images > there.num_images and plan == there.override({"num_images": plan.num_images})
 
 
 def _table(uri: str, plan: Plan, number: int, content: bytes) -> pa.Table | None:

@@ -47,6 +47,8 @@ TRUTH = {
     "LENSMASS": ("lens_mass", "mass of the lens"),
     "SUBMASS": ("subhalo_mass", "summed mass of subhaloes"),
 }
+# The same, where it varies from image to image.
+VARYING = {"SIGMA_S": ("source_sigma", "standard deviation of the light")}
 # Column of the table of subhaloes: the dataset's column.
 CATALOGUE = {"X": "subhalos_x", "Y": "subhalos_y", "MASS": "subhalos_mass", "THETA_E": "subhalos_theta_E"}
 FITS_UNITS = {"1": "", "Msun": "solMass"}  # the others are FITS's own
@@ -185,9 +187,10 @@ def _image_hdus(data: Dataset, rows: range) -> Iterator[bytes]:
 
     By hand, because of the truth: astropy cuts numbers to 20 characters, and takes seventy times as long.
     """
-    same = _common_cards(data.plan.simulation)
-    columns = [column for column, _ in TRUTH.values()]
-    comments = [_comment(*about) for about in TRUTH.values()]
+    same, schema = _common_cards(data.plan.simulation), shards.schema(data.plan.simulation)
+    told = TRUTH | {keyword: about for keyword, about in VARYING.items() if about[0] in schema.names}
+    columns = [column for column, _ in told.values()]
+    comments = [_comment(schema.field(column), meaning) for column, meaning in told.values()]
     number = 0
     for table in _read(data, rows, ["image", *columns]):
         truth = zip(*(table[column].to_pylist() for column in columns), strict=True)
@@ -195,7 +198,7 @@ def _image_hdus(data: Dataset, rows: range) -> Iterator[bytes]:
             number += 1
             cards = [
                 _card("EXTVER", number, "from 1 in this file; INDEX is the row"),
-                *map(_card, TRUTH, values, comments),
+                *map(_card, told, values, comments),
             ]
             yield _filled(f"{same}{''.join(cards)}END".encode("ascii"), b" ")
             yield _filled(image.astype(">f4").tobytes(), b"\0")
@@ -254,8 +257,8 @@ def _filled(content: bytes, filler: bytes) -> bytes:
     return content.ljust(-(-len(content) // _BLOCK) * _BLOCK, filler)
 
 
-def _comment(column: str, meaning: str) -> str:
-    unit = _fits_unit(shards.TRUTH[column][1]) if column in shards.TRUTH else ""
+def _comment(field: pa.Field, meaning: str) -> str:
+    unit = _fits_unit(field.metadata[b"unit"].decode())
     return f"[{unit}] {meaning}" if unit else meaning
 
 

@@ -86,7 +86,7 @@ def simulate(
     resources = cluster.connect()
     cluster.require_shared(uri)
     dataset.begin(uri, plan)
-    manifest = dataset.read_manifest(uri)
+    manifest = _standing_manifest(uri)
     ready = time.perf_counter()
 
     made_here = Made()
@@ -172,6 +172,15 @@ class Made:
         self.num_made += row["made"]
         self.num_images_made += entry.rows * row["made"]
         self.cpu_seconds += row["cpu_seconds"]
+
+
+def _standing_manifest(uri: str) -> dataset.Manifest | None:
+    """Return the manifest if it is whole; what is in it can be found again."""
+    try:
+        return dataset.read_manifest(uri)
+    except ValueError:
+        storage.remove(storage.join(uri, "manifest.json"))
+        return None
 
 
 def _stand_or_make(

@@ -295,6 +295,8 @@ def _statistics(table: pa.Table) -> dict[str, Statistics]:
 
 def _provenance(metadata: dict[bytes, bytes] | None) -> Provenance:
     text = (metadata or {}).get(b"raylens", b"")
+    if not (metadata or {}).keys() & {b"raylens", b"raylens.crc32"}:
+        raise ForeignShardError("raylens did not write it")
     if (metadata or {}).get(b"raylens.crc32") != str(zlib.crc32(text)).encode():
         raise DamagedShardError("its metadata are not what their checksum says")
     try:
@@ -302,7 +304,7 @@ def _provenance(metadata: dict[bytes, bytes] | None) -> Provenance:
         statistics = {name: Statistics(*of) for name, of in values["statistics"].items()}
         return Provenance(values["made_from"], values["processor"], values["pyarrow"], statistics)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ForeignShardError("its metadata are of another schema") from None
+        raise ForeignShardError("its metadata are not as this version writes them") from None
 
 
 def _brightest(values: np.ndarray) -> float:

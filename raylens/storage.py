@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
 import fsspec
 import pyarrow.fs
@@ -208,11 +208,10 @@ def check_writable(uri: str) -> None:
     except StorageError as error:
         raise StorageError(f"{uri} cannot be written: {str(error).removeprefix(probe + ': ')}") from error
     remove(probe)
-    while made and os.path.isdir(uri) and not os.listdir(uri):  # leave no folder that was not there
-        os.rmdir(uri)
-        if uri == made:
-            break
-        uri = os.path.dirname(uri)
+    with suppress(OSError):  # another run has written there meanwhile
+        while made and len(uri) >= len(made):  # leave no folder that was not there
+            os.rmdir(uri)
+            uri = os.path.dirname(uri)
 
 
 def file_system_type(path: str) -> str:
@@ -274,10 +273,9 @@ def _topmost_missing(path: str) -> str | None:
 @contextmanager
 def _beside(path: str, content: bytes) -> Iterator[str]:
     """Write a file beside its place, on the disk when this returns, and remove it in the end."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     beside = _name_beside(path)
     try:
-        with open(beside, "wb") as file:
+        with _create(beside) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -287,6 +285,16 @@ def _beside(path: str, content: bytes) -> Iterator[str]:
     finally:
         with suppress(FileNotFoundError):
             os.remove(beside)
+
+
+def _create(path: str) -> BinaryIO:
+    """Open a new file, in a folder that is made if it is not there."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        return open(path, "wb")
+    except FileNotFoundError:  # another run has removed the folder again, which it had made to see whether it can
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return open(path, "wb")
 
 
 def _name_beside(path: str) -> str:
@@ -307,6 +315,9 @@ def _set_aside(path: str, standing: bytes) -> bool:
     """Take away a file if it is `standing`, and return whether it was; another process may have replaced it."""
     aside = _name_beside(path)
     try:
+        with open(path, "rb") as file:
+            if file.read() != standing:
+                return False
         os.rename(path, aside)  # only one process can have it
     except FileNotFoundError:
         return False

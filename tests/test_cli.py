@@ -417,6 +417,36 @@ def test_verify_fails_and_lists_all_that_is_wrong(main, data, tmp_path):
     assert len(ran.facts["wrong"]) == 2
 
 
+def test_verify_says_what_mends_each_fault(main, data, tmp_path):
+    """A command that mends nothing is worse than none."""
+    name = Path(data).name
+
+    def refused(folder: str, change) -> str:
+        uri = shutil.copytree(data, tmp_path / folder / name)
+        uri = uri.rename(uri.with_name(change(uri) or name))
+        return main("verify", str(uri)).errors[0]
+
+    stray = refused("1", lambda uri: shutil.copy(uri / "part-00000.parquet", uri / "part-00077.parquet") and None)
+    renamed = refused("2", lambda uri: (uri / "part-00000.parquet").unlink() or "mine")
+    cut = refused("3", lambda uri: (uri / "manifest.json").write_text("{") and None)
+
+    assert stray.endswith("part-00077.parquet is not in the manifest. Move what does not belong there away.")
+    assert renamed.endswith(f"It was called {name}; with that name `raylens simulate` mends it.")
+    assert re.search(r"manifest\.json is not JSON: .*`raylens simulate .* mends it", cut)
+
+
+def test_a_manifest_that_was_cut_is_made_again(main, tiny, tmp_path, ray_cluster):
+    """All that was in it can be found in the shards."""
+    recipe = write_recipe(tmp_path / "tiny.json", tiny)
+    command = ("simulate", recipe, "--to", str(tmp_path), "--num-images", "20", "--shard-size", "8")
+    manifest = Path(main(*command).facts["dataset"], "manifest.json")
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:50])
+
+    assert main(*command).facts["num_skipped"] == 3
+    assert manifest.read_bytes() == whole
+
+
 def test_a_dataset_is_simulated_verified_and_trained_on_in_s3(main, tiny, s3, tmp_path, ray_cluster):
     """No verb may need a local copy."""
     recipe = write_recipe(tmp_path / "tiny.json", tiny)

@@ -325,6 +325,52 @@ def test_another_shard_size_is_refused_and_changes_nothing(complete, simulation)
     assert dataset.verify(complete) == []
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_of_two_plans_made_at_once_the_first_stays_unless_the_second_extends_it(
+    make_dataset, simulation, tmp_path, begun
+):
+    """The run of the other goes on by it; a shrunk or exchanged plan would disown its shards."""
+    uri = dataset.location(str(tmp_path), recipe="tiny", split="train", simulation=simulation)
+    if begun:
+        make_dataset(tmp_path, simulation)
+    asked = {"more": 20, "most": 30}
+    plans = {
+        name: dataset.plan_for(
+            uri, recipe="tiny", split="train", simulation=simulation, num_images=num_images, shard_size=4
+        )
+        for name, num_images in asked.items()
+    }
+    other_size = plans["most"].override({"shard_size": 5})
+
+    dataset.begin(uri, plans["more"])
+    dataset.begin(uri, plans["most"])
+
+    for late in (plans["more"], other_size):
+        with pytest.raises(ValueError, match="has just been begun otherwise by another run; run the same command"):
+            dataset.begin(uri, late)
+    assert dataset.read_plan(uri) == plans["most"]
+
+
+def test_more_shards_than_their_names_can_order_are_refused(simulation, tmp_path):
+    """part-100000 comes before part-10001 to whoever sorts names."""
+    uri = dataset.location(str(tmp_path), recipe="tiny", split="train", simulation=simulation)
+    with pytest.raises(ValueError, match=r"in shards of 10 are 100,001\. Choose --shard-size 11 or more"):
+        dataset.plan_for(uri, recipe="tiny", split="train", simulation=simulation, num_images=1_000_001, shard_size=10)
+    names = [dataset.shard_name(number) for number in (0, 9_999, 10_000, dataset.MAX_SHARDS - 1)]
+    assert names == sorted(names)
+
+
+def test_a_parquet_file_that_is_not_ours_is_refused_and_kept(complete, simulation):
+    """It is somebody's data."""
+    place = shard_path(complete, 1)
+    pq.write_table(pq.read_table(place).replace_schema_metadata(None), place, store_schema=False)
+    theirs = place.read_bytes()
+
+    with pytest.raises(ValueError, match=r"part-00001\.parquet belongs to another dataset: raylens did not write it"):
+        sound(complete, 1, with_manifest=False)
+    assert place.read_bytes() == theirs
+
+
 def test_a_plan_that_was_changed_is_refused(complete, simulation):
     """Its shards would be another simulation's under this one's name."""
     other = simulation.override({"lens.theta_E": 1.1})

@@ -126,7 +126,7 @@ def test_keywords_of_the_truth_mean_nothing_else(hdus):
         del without[keyword]
     pattern = RESERVED.replace("n", r"\d+").replace(" ", "|")
 
-    assert [keyword for keyword in export.TRUTH if re.fullmatch(pattern, keyword)] == []
+    assert [keyword for keyword in (*export.TRUTH, *export.VARYING) if re.fullmatch(pattern, keyword)] == []
     assert len(set(header)) == len(list(header))
     assert WCS(header).to_header(relax=True) == WCS(without).to_header(relax=True)
 
@@ -165,6 +165,19 @@ def test_pixels_have_a_unit_that_astropy_reads(make_dataset, tiny, tmp_path, nor
 
     assert units.Unit(header["BUNIT"]) == units.dimensionless_unscaled
     assert ("minimum 0 and maximum 1" in header.comments["BUNIT"]) is normalise
+
+
+def test_the_size_of_the_source_is_told_where_it_varies(make_dataset, tiny, tmp_path):
+    """Where it does not, the simulation in the first header says it."""
+    varied = make_dataset(tmp_path, tiny.override({"source.sigma": {"uniform": [0.5, 1.0]}}))
+    export.export(varied, str(tmp_path / "out.fits"), index="0:2")
+
+    with fits.open(tmp_path / "out.fits") as hdus:
+        told = [hdus["IMAGE", number].header["SIGMA_S"] for number in (1, 2)]
+        comment = hdus["IMAGE", 1].header.comments["SIGMA_S"]
+
+    assert told == dataset.Dataset.open(varied).read(["source_sigma"])["source_sigma"][:2].tolist()
+    assert comment.startswith("[arcsec]")
 
 
 def test_first_header_tells_what_made_the_dataset(hdus, data, simulation):

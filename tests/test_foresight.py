@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from raylens.config import Experiment, Simulation
 
 
@@ -56,6 +58,20 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(main, tiny, make_dataset, t
 
     assert ran.returncode == 1
     assert "has shards of 4 images; got --shard-size 5" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("to", "changes", "reason"),
+    [("/proc/nowhere", {}, "cannot be written"), ("{tmp}", {"subhalos.mass_min": 1.0}, "subhaloes")],
+)
+def test_a_dry_run_foresees_nothing_where_the_run_would_not_begin(main, tiny, tmp_path, to, changes, reason):
+    """A place that cannot be written, and more subhaloes than can be drawn."""
+    recipe = write_recipe(tmp_path / "tiny.json", tiny.override(changes))
+
+    ran = main("simulate", recipe, "--to", to.format(tmp=tmp_path), "--dry-run")
+
+    assert ran.returncode == 1
+    assert reason in ran.errors[0]
 
 
 def test_on_a_terminal_progress_is_one_line_that_changes(tiny, tmp_path):

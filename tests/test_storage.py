@@ -170,6 +170,15 @@ def test_checking_a_local_place_makes_no_folder_and_removes_none(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["empty"]
 
 
+def test_two_runs_may_look_at_a_new_place_at_once(tmp_path):
+    """Each makes a folder to see whether it can, and removes it; neither may trip over the other's."""
+    with ThreadPoolExecutor(8) as pool:
+        for k in range(50):
+            place = tmp_path / f"new-{k}"
+            list(pool.map(storage.check_writable, [str(place / "root")] * 8))
+            assert not list(place.rglob(".raylens-*"))
+
+
 def test_a_write_that_fails_half_way_leaves_neither_file_nor_temporary(tmp_path, full_disk):
     """A full disk must not leave half a shard under a shard's name, nor litter under another."""
     uri = str(tmp_path / "file")
