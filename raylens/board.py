@@ -30,7 +30,7 @@ class Board:
             name: value if isinstance(value, (int, float, str)) else str(value) for name, value in settings.items()
         }
         for summary in hparams(texts, {"validation_loss": None, "validation_rmse": None}):
-            self._writer.file_writer.add_summary(summary)
+            self._writer._get_file_writer().add_summary(summary)
 
     def show_images(self, image_BHW: torch.Tensor) -> None:
         """Show some images that are validated on."""

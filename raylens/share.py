@@ -35,7 +35,7 @@ class Part:
         ValueError
             If an image holds a value that is not finite.
         """
-        table = shards.read(self.uri, ["index", "image", "num_subhalos", target])
+        table = shards.read(self.uri, ["index", "image", *{"num_subhalos", target}])
         images = shards.images(table)[self.rows]
         finite = np.isfinite(images.sum(axis=(1, 2)))
         if not finite.all():

@@ -39,7 +39,7 @@ _STEPS_BETWEEN_LOOKS = 64  # at the clock, at the loss, at what the cluster says
 _SECONDS_BETWEEN_QUESTIONS = 5.0  # whether a node is about to be taken away
 _SHARE_OF_MEMORY = 0.4  # of what a worker can have, for the images that it trains on; a quarter as much for validation
 _MOST_CPUS_BESIDE_GPU = 8  # more would wait
-_MAX_FAILURES = 10  # of workers; nodes that are taken away with notice are not counted
+_MAX_FAILURES = 3  # of workers; nodes that are taken away with notice are not counted
 
 Progress = Callable[[dict[str, Any]], None]  # a line of metrics.jsonl
 
@@ -125,7 +125,7 @@ def train(
         "seconds_between_checkpoints": _SECONDS_BETWEEN_CHECKPOINTS,
     }
     with _interruptible(), _following(storage.join(run, "metrics.jsonl"), progress):
-        result = _trainer(config, (least, most), room, use_gpu).fit()
+        result: Any = _trainer(config, (least, most), room, use_gpu).fit()
     if result.return_value is not None:
         raise ValueError(result.return_value)
     return _keep_best(result, card, run, use_gpu, clock, num_before=len(before))
@@ -182,10 +182,10 @@ def _trainer(
     file_system, path = storage.arrow_file_system(config["run"])
     least, most = num_workers
     return ray.train.torch.TorchTrainer(
-        _train_worker,
+        _train_worker,  # type: ignore[arg-type]  # what it returns is in the result
         train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=most if least == most else num_workers,
+            num_workers=most if least == most else num_workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
             # All that it computes with, so that nothing else of Ray's computes there.
             resources_per_worker={"CPU": room.num_cpus, **({"GPU": 1} if use_gpu else {})},
@@ -209,7 +209,7 @@ def _keep_best(
     """Make the weights of the best epoch those of the run."""
     history = _history(run)
     assert result.best_checkpoints is not None
-    ended = [pair for pair in result.best_checkpoints if "validation_loss" in pair[1]]  # the newest may be within one
+    ended = [pair for pair in result.best_checkpoints if math.isfinite(pair[1]["validation_loss"])]
     best, metrics = min(ended, key=lambda pair: pair[1]["validation_loss"])
     kept = next(record for record in history if record["epoch"] == metrics["epoch"])
     with best.as_directory() as folder, open(os.path.join(folder, "model.safetensors"), "rb") as file:
@@ -468,7 +468,8 @@ class _Rank:
                 if due:
                     position.squared_error_sum = float(self._sum_over_ranks(total))
                     position.seconds = before + time.perf_counter() - started
-                    self._checkpoint({})
+                    # To Ray a NaN is worse than any number; what has none would be the best.
+                    self._checkpoint({"validation_loss": math.nan})
         loss = float(self._sum_over_ranks(total)) / num_images
         spent = time.perf_counter() - started
         record = {
