@@ -12,6 +12,7 @@ import json
 import math
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -179,6 +180,8 @@ def _require_room(resources: cluster.Resources, least: int, most: int, use_gpu: 
 def _trainer(
     config: dict[str, Any], num_workers: tuple[int, int], room: cluster.Room, use_gpu: bool
 ) -> ray.train.torch.TorchTrainer:
+    # Ray Train takes one report of a worker each time that it looks, every two seconds: more than an epoch may last.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     file_system, path = storage.arrow_file_system(config["run"])
     least, most = num_workers
     return ray.train.torch.TorchTrainer(
@@ -209,7 +212,7 @@ def _keep_best(
     """Make the weights of the best epoch those of the run."""
     history = _history(run)
     assert result.best_checkpoints is not None
-    ended = [pair for pair in result.best_checkpoints if math.isfinite(pair[1]["validation_loss"])]
+    ended = [pair for pair in result.best_checkpoints if "epoch" in pair[1]]  # not within one
     best, metrics = min(ended, key=lambda pair: pair[1]["validation_loss"])
     kept = next(record for record in history if record["epoch"] == metrics["epoch"])
     with best.as_directory() as folder, open(os.path.join(folder, "model.safetensors"), "rb") as file:
@@ -468,8 +471,8 @@ class _Rank:
                 if due:
                     position.squared_error_sum = float(self._sum_over_ranks(total))
                     position.seconds = before + time.perf_counter() - started
-                    # To Ray a NaN is worse than any number; what has none would be the best.
-                    self._checkpoint({"validation_loss": math.nan})
+                    # Of two checkpoints Ray holds one without a loss for the better, and cannot read a NaN again.
+                    self._checkpoint({"validation_loss": sys.float_info.max})
         loss = float(self._sum_over_ranks(total)) / num_images
         spent = time.perf_counter() - started
         record = {
