@@ -242,7 +242,9 @@ def train(
         str | None, typer.Option(help="whose settings; the dataset's recipe, if that has a name", show_default=False)
     ] = None,
     settings: Set = None,
-    num_workers: Annotated[int, typer.Option(min=1, help="how many train together")] = 1,
+    num_workers: Annotated[
+        str, typer.Option(metavar="K|MIN:MAX", help="how many train together, or at least and at most")
+    ] = "1",
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that stands")] = False,
 ) -> None:
     """Train one of the two networks on a dataset."""
@@ -272,7 +274,7 @@ def train(
         data=datasets.Dataset.open(data),
         validation=datasets.Dataset.open(validation) if validation else None,
         recipe=experiment.name,
-        num_workers=num_workers,
+        num_workers=_workers(num_workers),
         resume=resume,
         progress=meter,
     )
@@ -413,6 +415,14 @@ class _Epochs:
             f"{record['images_per_second']:,.0f} images/s  {_duration(left)} left",
             file=sys.stderr,
         )
+
+
+def _workers(text: str) -> int | tuple[int, int]:
+    """Return K, or MIN:MAX as a pair."""
+    counted = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", text)
+    if not counted or (counted[2] and int(counted[2]) < int(counted[1])):
+        raise typer.BadParameter(f"--num-workers takes K, or MIN:MAX with MIN not above MAX; got {text}.")
+    return (int(counted[1]), int(counted[2])) if counted[2] else int(counted[1])
 
 
 def _changes(settings: list[str] | None) -> dict[str, Any]:

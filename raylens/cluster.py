@@ -8,6 +8,7 @@ is joined.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,30 @@ def require_shared(uri: str) -> None:
             f"{uri} is a local folder ({kind}), and the cluster has {len(machines)} machines, each of which would "
             "write to a folder of its own. Choose s3://bucket/prefix, or a folder on a network file system."
         )
+
+
+@dataclass(frozen=True)
+class Room:
+    """What each of some workers can have for itself, all of them at once."""
+
+    num_cpus: int  # 0: the cluster cannot hold so many
+    memory: int  # [bytes]
+
+
+def room_for(num_workers: int, *, use_gpu: bool) -> Room:
+    """Return what each of so many workers can have of the nodes that are there, a GPU among it if it uses one."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+    def held(node: dict[str, float], num_cpus: int) -> int:
+        return int(min(node.get("CPU", 0) // num_cpus, node.get("GPU", 0) if use_gpu else math.inf))
+
+    most = int(max((node.get("CPU", 0) for node in nodes), default=0))
+    fitting = (k for k in range(most, 0, -1) if sum(held(node, k) for node in nodes) >= num_workers)
+    num_cpus = next(fitting, 0)
+    if not num_cpus:
+        return Room(0, 0)
+    hosts = [node for node in nodes if held(node, num_cpus)]
+    return Room(num_cpus, int(min(node.get("memory", 0) / min(held(node, num_cpus), num_workers) for node in hosts)))
 
 
 def where_to_simulate() -> dict[str, str] | None:

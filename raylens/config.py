@@ -270,7 +270,9 @@ class Training(Settings):
     num_epochs: int = Field(100, ge=1)
     batch_size: int = Field(16, ge=2)  # images a step, over all workers
     learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate; cosine: to 0 after num_epochs
     optimizer: Literal["adam", "nadam"] = "adam"
+    patience: Annotated[int, Field(ge=1)] | None = None  # stop after so many epochs without a better one; null: never
     seed: int = Field(0, ge=0, lt=2**63)
 
 

@@ -1,21 +1,19 @@
-"""One epoch of training and one pass of validation, in plain torch, over any iterable of blocks.
+"""One epoch of training and one pass of validation, in plain torch, over any iterable of batches or blocks.
 
 A block is what a dataset gives at once: tensors image_BHW float32, num_subhalos_B and target_B
-float32, on the device of the model, in the units of the dataset. Blocks should be large: batches
-are cut from within them, after a shuffle.
+float32, on the device of the model, in the units of the dataset. `share` cuts batches from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from raylens.config import Training
-from raylens.metrics import Sums
 from raylens.models import CNN
 
 _NUM_AT_ONCE = 512  # images in a pass without gradients
@@ -33,6 +31,13 @@ class Block(NamedTuple):
         return Block(*(tensor[rows] for tensor in self))
 
 
+class Batch(NamedTuple):
+    """The rows of a step, and what a squared error counts in its loss: one over the number of rows."""
+
+    rows: Block
+    weight: float
+
+
 def optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     """Return the optimiser of a training, in torch's fastest form of it."""
     if training.optimizer == "adam":
@@ -40,35 +45,31 @@ def optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     return torch.optim.NAdam(model.parameters(), training.learning_rate, foreach=True)
 
 
+def set_learning_rate(steps: torch.optim.Optimizer, training: Training, epoch: int) -> None:
+    """Give the optimiser the learning rate of an epoch, counted from 1."""
+    rate = training.learning_rate
+    if training.schedule == "cosine":
+        rate *= (1 + math.cos(math.pi * (epoch - 1) / training.num_epochs)) / 2
+    for group in steps.param_groups:
+        group["lr"] = rate
+
+
 def train_epoch(
-    model: nn.Module,
-    network: CNN,
-    blocks: Iterable[Block],
-    steps: torch.optim.Optimizer,
-    *,
-    batch_size: int,
-    shuffle: torch.Generator,
-) -> np.ndarray:
-    """Train on every row once; return the sum of squared standardised errors and the number of rows.
+    model: nn.Module, network: CNN, batches: Iterable[Batch], steps: torch.optim.Optimizer
+) -> Iterator[Tensor]:
+    """Take a step for each batch; yield its sum of squared standardised errors, on the model's device.
 
     `model` is the network, or what distributes it; `network` is itself. The mean squared error is
     eq. 2.4, of the standardised target.
     """
     model.train()
-    squared_error_sum = 0.0
-    num_rows = 0
-    for block in blocks:
-        order = torch.randperm(len(block.target_B), generator=shuffle).to(block.target_B.device)
-        for rows in order.split(batch_size):
-            batch = block.take(rows)
-            error_B = model(batch.image_BHW, batch.num_subhalos_B) - network.standardised(batch.target_B)
-            squared_error = error_B.square().sum()
-            steps.zero_grad()
-            (squared_error / len(rows)).backward()
-            steps.step()
-            squared_error_sum = squared_error_sum + squared_error.detach()
-        num_rows += len(order)
-    return np.array([float(squared_error_sum), num_rows])
+    for rows, weight in batches:
+        error_B = model(rows.image_BHW, rows.num_subhalos_B) - network.standardised(rows.target_B)
+        squared_error = error_B.square().sum()
+        steps.zero_grad()
+        (squared_error * weight).backward()
+        steps.step()
+        yield squared_error.detach()
 
 
 @torch.inference_mode()
@@ -79,10 +80,10 @@ def predict(network: CNN, image_BHW: Tensor, num_subhalos_B: Tensor) -> Tensor:
     return torch.cat([network.in_units(network(image, num_subhalos)) for image, num_subhalos in pairs])
 
 
-def validate(network: CNN, blocks: Iterable[Block]) -> Sums:
-    """Return the sums from which every measure of the predictions follows."""
-    sums = Sums()
+def validate(network: CNN, blocks: Iterable[Block]) -> tuple[Tensor, Tensor]:
+    """Return true and predicted target of all rows (B,), in the units of the dataset, on the CPU."""
+    true, predicted = [torch.empty(0)], [torch.empty(0)]
     for block in blocks:
-        predicted_B = predict(network, block.image_BHW, block.num_subhalos_B)
-        sums = sums + Sums.of(block.target_B.cpu().numpy(), predicted_B.cpu().numpy())
-    return sums
+        true.append(block.target_B.cpu())
+        predicted.append(predict(network, block.image_BHW, block.num_subhalos_B).cpu())
+    return torch.cat(true), torch.cat(predicted)

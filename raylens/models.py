@@ -65,6 +65,7 @@ class Card(Settings):
     num_validation_images: int
     num_workers: int
     num_threads: int  # of each worker
+    share: Literal["resident", "streamed"]  # of the images of each worker: kept in memory, or read in each epoch
     device: str
     epoch: int  # whose weights these are: the one with the lowest validation loss
     metrics: dict[str, float | int | None]  # of that epoch, as in metrics.jsonl

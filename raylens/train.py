@@ -1,39 +1,46 @@
 """Many workers train one network, with Ray Train: epochs, validation, checkpoints, metrics.
 
-The dataset comes through Ray Data. Each worker reads its share once and keeps it in memory (on its
-GPU, if it has one), and shuffles it anew in each epoch. What an epoch does depends on the seed,
-its number and the worker's rank alone, so that a resumed run goes on as if it had never stopped.
+Each worker reads its share of the dataset itself, keeps it in memory (on its GPU, if it has one)
+or streams it where it does not fit, and shuffles it anew in each epoch. What an epoch does depends
+on the seed, its number and the worker's rank alone, so that a resumed run goes on as if it had
+never stopped, be it in the middle of an epoch.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import ray.data
 import ray.train
 import ray.train.torch
-import safetensors.torch
 import torch
 import torch.distributed
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 
-from raylens import __version__, cluster, dataset, learning, models, shards, storage
+from raylens import __version__, checkpoint, cluster, dataset, learning, models, shards, share, storage
+from raylens.board import Board
+from raylens.checkpoint import Position
 from raylens.config import Network
 from raylens.dataset import Dataset
 from raylens.metrics import Sums
 
-_NUM_READ_AT_ONCE = 4096  # images
+_SECONDS_BETWEEN_CHECKPOINTS = 300.0  # within an epoch; there is one at the end of each
+_STEPS_BETWEEN_LOOKS = 64  # at the clock, at the loss, at what the cluster says of this node
+_SECONDS_BETWEEN_QUESTIONS = 5.0  # whether a node is about to be taken away
+_SHARE_OF_MEMORY = 0.4  # of what a worker can have, for the images that it trains on; a quarter as much for validation
+_MOST_CPUS_BESIDE_GPU = 8  # more would wait
+_MAX_FAILURES = 3  # of workers; nodes that are taken away with notice are not counted
 
 Progress = Callable[[dict[str, Any]], None]  # a line of metrics.jsonl
 
@@ -62,41 +69,66 @@ def train(
     data: Dataset,
     validation: Dataset | None = None,
     recipe: str,
-    num_workers: int = 1,
+    num_workers: int | tuple[int, int] = 1,
     resume: bool = False,
     progress: Progress = lambda record: None,
 ) -> Trained:
     """Train a network on a dataset and keep the epoch with the lowest validation loss.
 
+    Parameters
+    ----------
+    num_workers
+        How many train together; a pair: at least and at most, as nodes come and go.
+
     Raises
     ------
     ValueError
-        If the validation set is of another simulation, if the run stands and is not to be resumed,
-        or if the cluster is too small.
+        If the validation set is of another simulation, if the run stands and is not to be resumed or
+        was begun with other settings, if there are fewer images than workers, if the cluster is too
+        small, if an image is not finite, or if the training diverges.
     """
     started = time.time()
     run = storage.absolute(run)
+    least, most = (num_workers, num_workers) if isinstance(num_workers, int) else num_workers
     if validation:
         _require_same_simulation(data, validation)
     if not resume and storage.names(run):
         raise ValueError(f"{run} stands already; go on with --resume, or choose another --to.")
-    if network.training.batch_size % num_workers:
-        raise ValueError(
-            f"training.batch_size {network.training.batch_size} is not shared evenly by {num_workers} workers."
-        )
     held_out = np.zeros(data.num_images, bool)
     if validation is None:
         held_out = _held_out(data.num_images, network.training.seed)
-    card = _card(name, network, held_out, data, validation, recipe, num_workers)
+    card = _card(name, network, held_out, data, validation, recipe, most)
+    if card.num_training_images < most:
+        raise ValueError(f"{most} workers cannot share {card.num_training_images} images; take fewer workers.")
+    _require_same_run(run, card)
     storage.check_writable(run)
-    use_gpu = _require_room(cluster.connect(), card)
+    resources = cluster.connect()
+    use_gpu = resources.num_gpus >= least
+    room = _require_room(resources, least, most, use_gpu)
+    storage.write(storage.join(run, "run.json"), json.dumps(card.as_dict(), indent=1) + "\n")
 
     before = _history(run)
     # The time of earlier calls, and when this one began: an epoch's record says how long the run has taken by then.
     clock = {"before": before[-1]["elapsed"] if before else 0.0, "started": started}
+    shares = {
+        "train": (data.parts, ~held_out),
+        "validation": (validation.parts, np.ones(validation.num_images, bool))
+        if validation
+        else (data.parts, held_out),
+    }
+    config = {
+        "card": card.as_dict(),
+        "run": run,
+        "clock": clock,
+        "shares": shares,
+        "num_threads": room.num_cpus,
+        "room": int(_SHARE_OF_MEMORY * room.memory),
+        "seconds_between_checkpoints": _SECONDS_BETWEEN_CHECKPOINTS,
+    }
     with _interruptible(), _following(storage.join(run, "metrics.jsonl"), progress):
-        trainer = _trainer(card, run, _datasets(data, validation, held_out), use_gpu, clock)
-        result = trainer.fit()
+        result: Any = _trainer(config, (least, most), room, use_gpu).fit()
+    if result.return_value is not None:
+        raise ValueError(result.return_value)
     return _keep_best(result, card, run, use_gpu, clock, num_before=len(before))
 
 
@@ -111,34 +143,56 @@ def _require_same_simulation(data: Dataset, validation: Dataset) -> None:
         )
 
 
-def _require_room(resources: cluster.Resources, card: models.Card) -> bool:
-    """Refuse a cluster that is too small; return whether each worker has a GPU."""
-    if resources.num_cpus < card.num_workers + 1:
+def _require_same_run(run: str, card: models.Card) -> None:
+    """Refuse to go on with a run that was begun with other settings or on other images."""
+    place = storage.join(run, "run.json")
+    begun = storage.read_if_there(place)
+    if begun is None:
+        return
+    here, there = card.as_dict(), models.Card.parse(json.loads(begun)).as_dict()
+    for values in (here, there):
+        # A run may be made longer, but a schedule knows its length.
+        values["training"].pop("patience")
+        if values["training"]["schedule"] == "constant":
+            values["training"].pop("num_epochs")
+    same = ("network", "model", "training", "dataset_digest", "num_training_images", "num_validation_images")
+    here, there = ({key: values[key] for key in same} for values in (here, there))
+    if here != there:
         raise ValueError(
-            f"{card.num_workers} workers need {card.num_workers + 1} CPUs, one of them to read data; "
-            f"the cluster has {resources.num_cpus}."
+            f"{run} was begun otherwise: {shards.difference(there, here)}. "
+            "Go on as it was begun, or choose another --to."
         )
-    # A share arrives in parts, which are joined and put in order: three times its size for a moment.
-    needed = 3 * 4 * card.num_pixels**2 * card.num_training_images
-    if needed > resources.memory:
+
+
+def _require_room(resources: cluster.Resources, least: int, most: int, use_gpu: bool) -> cluster.Room:
+    """Return what each worker can have; refuse a cluster that cannot hold the least number of them."""
+    room = cluster.room_for(most, use_gpu=use_gpu)
+    if not room.num_cpus:
+        room = cluster.room_for(least, use_gpu=use_gpu)
+    if not room.num_cpus:
         raise ValueError(
-            f"{card.num_training_images:,} images need {needed / 2**30:.0f} GiB of memory to train on; the cluster has "
-            f"{resources.memory / 2**30:.0f} GiB. Train on fewer images, or on more nodes."
+            f"{least} workers need a CPU each; the cluster has {resources.num_cpus} on {resources.num_nodes} nodes. "
+            "Take fewer workers, or add nodes."
         )
-    return resources.num_gpus >= card.num_workers
+    return cluster.Room(min(room.num_cpus, _MOST_CPUS_BESIDE_GPU), room.memory) if use_gpu else room
 
 
 def _trainer(
-    card: models.Card, run: str, datasets: dict[str, Any], use_gpu: bool, clock: dict[str, float]
+    config: dict[str, Any], num_workers: tuple[int, int], room: cluster.Room, use_gpu: bool
 ) -> ray.train.torch.TorchTrainer:
-    file_system, path = storage.arrow_file_system(run)
+    # Ray Train takes one report of a worker each time that it looks, every two seconds: more than an epoch may last.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    file_system, path = storage.arrow_file_system(config["run"])
+    least, most = num_workers
     return ray.train.torch.TorchTrainer(
-        _train_worker,
-        train_loop_config={"card": card.as_dict(), "run": run, "clock": clock},
-        datasets=datasets,
-        # What is measured on is not split, or rows would be lost.
-        dataset_config=DataConfig(datasets_to_split=["train"]),
-        scaling_config=ScalingConfig(num_workers=card.num_workers, use_gpu=use_gpu),
+        _train_worker,  # type: ignore[arg-type]  # what it returns is in the result
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=most if least == most else num_workers,  # type: ignore[arg-type]
+            use_gpu=use_gpu,
+            # All that it computes with, so that nothing else of Ray's computes there.
+            resources_per_worker={"CPU": room.num_cpus, **({"GPU": 1} if use_gpu else {})},
+        ),
         run_config=RunConfig(
             name="checkpoints",
             storage_path=path,
@@ -147,7 +201,7 @@ def _trainer(
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
             ),
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=FailureConfig(max_failures=_MAX_FAILURES),
         ),
     )
 
@@ -158,21 +212,24 @@ def _keep_best(
     """Make the weights of the best epoch those of the run."""
     history = _history(run)
     assert result.best_checkpoints is not None
-    best, metrics = min(result.best_checkpoints, key=lambda pair: pair[1]["validation_loss"])
+    ended = [pair for pair in result.best_checkpoints if "epoch" in pair[1]]  # not within one
+    best, metrics = min(ended, key=lambda pair: pair[1]["validation_loss"])
     kept = next(record for record in history if record["epoch"] == metrics["epoch"])
     with best.as_directory() as folder, open(os.path.join(folder, "model.safetensors"), "rb") as file:
         weights = file.read()
-    cpu_seconds = [record["seconds"] * record["num_threads"] * card.num_workers for record in history]
-    gpu_seconds = [record["seconds"] * use_gpu * card.num_workers for record in history]
+    cpu_seconds = [record["seconds"] * record["num_threads"] * record["num_workers"] for record in history]
+    gpu_seconds = [record["seconds"] * use_gpu * record["num_workers"] for record in history]
     seconds = time.time() - clock["started"]
     card = card.override(
         {
             "epoch": kept["epoch"],
-            "metrics": kept,
+            "metrics": {name: value for name, value in kept.items() if name != "share"},
             "seconds": clock["before"] + seconds,
             "cpu_seconds": sum(cpu_seconds),
             "gpu_seconds": sum(gpu_seconds),
+            "num_workers": kept["num_workers"],
             "num_threads": kept["num_threads"],
+            "share": kept["share"],
             "device": "cuda" if use_gpu else "cpu",
         }
     )
@@ -240,6 +297,7 @@ def _card(
         num_validation_images=validation.num_images if validation else int((~used).sum()),
         num_workers=num_workers,
         num_threads=0,
+        share="resident",
         device="",
         epoch=0,
         metrics={},
@@ -265,24 +323,6 @@ def _baselines(target: np.ndarray, num_subhalos: np.ndarray) -> models.Baselines
     return models.Baselines(
         constant=float(target.mean()), num_subhalos=list(means), target_of_num_subhalos=list(means.values())
     )
-
-
-def _datasets(data: Dataset, validation: Dataset | None, held_out: np.ndarray) -> dict[str, Any]:
-    if validation is not None:
-        return {"train": _rows(data, ~held_out), "validation": _rows(validation, np.ones(validation.num_images, bool))}
-    return {"train": _rows(data, ~held_out), "validation": _rows(data, held_out)}
-
-
-def _rows(data: Dataset, kept: np.ndarray) -> ray.data.Dataset:
-    """Return some rows of a dataset; a task reads a shard itself."""
-    parts = data.parts
-
-    def read(batch: dict[str, np.ndarray]) -> pa.Table:
-        uri, num_rows = parts[int(batch["id"][0])]
-        table = shards.read(uri, ["index", "image", "num_subhalos", "alpha"])[:num_rows]
-        return table.filter(pa.array(kept[table["index"].to_numpy()]))
-
-    return ray.data.range(len(parts), override_num_blocks=len(parts)).map_batches(read, batch_size=1)
 
 
 @contextmanager
@@ -323,85 +363,200 @@ def _following(place: str, progress: Progress) -> Iterator[None]:
         thread.join()
 
 
-def _train_worker(config: dict[str, Any]) -> None:
-    """Train on this worker's share, in step with the others; runs in each of them."""
-    card, clock = models.Card.parse(config["card"]), config["clock"]
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    share = _load(ray.train.get_dataset_shard("train"), card.target, device)
-    whole = _load(ray.train.get_dataset_shard("validation"), card.target, device)
-    validation = whole.take(slice(rank, None, world_size))
-    # Data holds no core any more, so the workers of this node share them all.
-    num_threads = max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
-    torch.set_num_threads(num_threads)
-
-    seed = card.training.seed
-    torch.manual_seed(seed)
-    network = models.build(card).to(device)
-    steps = learning.optimizer(network, card.training)
-    history = _restore(network, steps)
-    model = ray.train.torch.prepare_model(network)
-    with tempfile.TemporaryDirectory() as scratch, _tensorboard(config["run"], scratch, rank) as log:
-        for epoch in range(len(history) + 1, card.training.num_epochs + 1):
-            started = time.perf_counter()
-            torch.manual_seed(_seed_of_epoch(seed, epoch, rank))
-            shuffle = torch.Generator().manual_seed(_seed_of_epoch(seed, epoch, rank))
-            batch_size = card.training.batch_size // world_size
-            trained = learning.train_epoch(model, network, [share], steps, batch_size=batch_size, shuffle=shuffle)
-            squared_error_sum, num_trained = _sum_over_ranks(trained, device)
-            seconds = time.perf_counter() - started
-            _take_buffers_of_first(network)
-            sums = Sums(_sum_over_ranks(learning.validate(network, [validation]).values, device))
-            record = {
-                "epoch": epoch,
-                "train_loss": squared_error_sum / num_trained,
-                "validation_loss": (sums.rmse / network.target.sd) ** 2,
-                "validation_rmse": sums.rmse,
-                "validation_gradient": sums.gradient,
-                "validation_bias": sums.bias,
-                "num_threads": num_threads,
-                "images_per_second": num_trained / seconds,
-                "seconds": time.perf_counter() - started,
-                "elapsed": clock["before"] + time.time() - clock["started"],
-            }
-            history.append(record)
-            if rank == 0:
-                log(record)
-                lines = "".join(json.dumps(line) + "\n" for line in history)
-                storage.write(storage.join(config["run"], "metrics.jsonl"), lines)
-                with tempfile.TemporaryDirectory() as folder:
-                    _save(folder, network, steps, history)
-                    ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))
-            else:
-                ray.train.report(record)
+def _train_worker(config: dict[str, Any]) -> str | None:
+    """Train on this worker's share, in step with the others; return what made that impossible."""
+    torch.set_num_threads(config["num_threads"])
+    rank, fault = None, None
+    try:
+        rank = _Rank(config)
+    except ValueError as error:
+        fault = str(error)
+    # All leave together: one that waits for another that has left would wait for ever.
+    faults = [fault] * ray.train.get_context().get_world_size()
+    if len(faults) > 1:
+        torch.distributed.all_gather_object(faults, fault)
+    return next(filter(None, faults), None) or rank.train()  # type: ignore[union-attr]
 
 
-def _load(shard: ray.data.DataIterator, target: str, device: torch.device) -> learning.Block:
-    """Return a share of a dataset as tensors on the device, in the order of its rows."""
-    indices, parts = [], []
-    tables = shard.iter_batches(batch_format="pyarrow", batch_size=_NUM_READ_AT_ONCE)
-    for images, others in shards.batches(iter(tables)):
-        indices.append(others["index"])
-        columns = (images, others["num_subhalos"], others[target])
-        parts.append([torch.as_tensor(np.array(column, np.float32), device=device) for column in columns])
-    share = learning.Block(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    # Blocks arrive in any order, and what an epoch shuffles must not depend on it.
-    return share.take(torch.as_tensor(np.argsort(np.concatenate(indices)), device=device))
+class _Rank:
+    """A worker: its share, its copy of the network, and how far all have come."""
 
+    def __init__(self, config: dict[str, Any]) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.config, self.card = config, models.Card.parse(config["card"])
+        self.device = ray.train.torch.get_device()
+        room = config["room"]
+        if self.device.type == "cuda":
+            room = int(_SHARE_OF_MEMORY * torch.cuda.mem_get_info(self.device)[0])
+        self.share = self._hold("train", room)
+        self.validation = self._hold("validation", room // 4)
+        training = self.card.training
+        self.epoch = share.Epoch(self.card.num_training_images, training.batch_size, self.rank, self.world_size)
 
-def _seed_of_epoch(seed: int, epoch: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
+        torch.manual_seed(training.seed)
+        self.network = models.build(self.card).to(self.device)
+        self.steps = learning.optimizer(self.network, training)
+        self.position = Position(world_size=self.world_size)
+        standing = ray.train.get_checkpoint()
+        if standing is not None:
+            with standing.as_directory() as folder:
+                self.position = checkpoint.restore(
+                    folder, self.network, self.steps, rank=self.rank, world_size=self.world_size
+                )
+        self.model = ray.train.torch.prepare_model(self.network)
+        self.checkpointed = self.asked = time.monotonic()
+        self.warned = False
 
+    def train(self) -> str | None:
+        """Train to the last epoch; return what ended it before, if not the settings did."""
+        card, position = self.card, self.position
+        with closing(Board(self.config["run"], card)) if self.rank == 0 else nullcontext() as board:
+            if board and not position.history:
+                board.show_images(next(self.validation.blocks()).image_BHW)
+            while position.epoch <= card.training.num_epochs and not self._no_longer_improves():
+                learning.set_learning_rate(self.steps, card.training, position.epoch)
+                seed = int(np.random.SeedSequence([card.training.seed, position.epoch, self.rank]).generate_state(1)[0])
+                if position.step == 0:
+                    torch.manual_seed(seed)
+                record, fault = self._train_epoch(seed)
+                if fault:
+                    return fault
+                true_B, predicted_B = self._validate(record)
+                if not math.isfinite(record["validation_loss"]):
+                    return (
+                        f"training diverged: the validation loss after epoch {position.epoch} is not a finite number."
+                    )
+                position.history.append(record)
+                position.step, position.squared_error_sum, position.seconds = 0, 0.0, 0.0
+                if board:
+                    board.add(record, true_B, predicted_B)
+                    lines = "".join(json.dumps(line) + "\n" for line in position.history)
+                    storage.write(storage.join(self.config["run"], "metrics.jsonl"), lines)
+                self._checkpoint(record)
+        return None
 
-def _sum_over_ranks(values: np.ndarray, device: torch.device) -> np.ndarray:
-    """Return the sum of an array over all workers."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return values
-    # In double precision where the device has it: the sums of squares are large.
-    total = torch.as_tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total)
-    return total.cpu().numpy()
+    def _hold(self, name: str, room: int) -> share.Resident | share.Streamed:
+        parts, used = self.config["shares"][name]
+        mine = share.parts_of(parts, used, rank=self.rank, world_size=self.world_size)
+        return share.hold(mine, self.card.target, self.device, num_pixels=self.card.num_pixels, room=room)
+
+    def _train_epoch(self, seed: int) -> tuple[dict[str, Any], str | None]:
+        """Train to the end of the epoch in progress; return its record, and what ended it before."""
+        position, num_images = self.position, self.card.num_training_images
+        before, started = position.seconds, time.perf_counter()
+        waited = 0.0
+
+        def timed(batches: Iterator[learning.Batch]) -> Iterator[learning.Batch]:
+            nonlocal waited
+            while True:
+                began = time.perf_counter()
+                batch = next(batches, None)
+                waited += time.perf_counter() - began
+                if batch is None:
+                    return
+                yield batch
+
+        # The sum of all ranks stands in the checkpoint, and the first goes on with it.
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total += position.squared_error_sum if self.rank == 0 else 0.0
+        batches = timed(self.share.batches(self.epoch, seed, position.step))
+        for squared_error in learning.train_epoch(self.model, self.network, batches, self.steps):
+            total += squared_error
+            position.step += 1
+            if position.step % _STEPS_BETWEEN_LOOKS == 0 and position.step < self.epoch.num_steps:
+                diverged, due = self._look(total)
+                if diverged:
+                    break
+                if due:
+                    position.squared_error_sum = float(self._sum_over_ranks(total))
+                    position.seconds = before + time.perf_counter() - started
+                    # Of two checkpoints Ray holds one without a loss for the better, and cannot read a NaN again.
+                    self._checkpoint({"validation_loss": sys.float_info.max})
+        loss = float(self._sum_over_ranks(total)) / num_images
+        spent = time.perf_counter() - started
+        record = {
+            "epoch": position.epoch,
+            "train_loss": loss,
+            "learning_rate": self.steps.param_groups[0]["lr"],
+            "num_workers": self.world_size,
+            "num_threads": torch.get_num_threads(),
+            "share": "resident" if isinstance(self.share, share.Resident) else "streamed",
+            "waiting": waited / spent,  # for data
+            "images_per_second": num_images / (before + spent),
+        }
+        if math.isfinite(loss):
+            return record, None
+        return record, (
+            f"training diverged: the loss in epoch {position.epoch} is not a finite number by step {position.step} "
+            f"of {self.epoch.num_steps}; a smaller training.learning_rate than {record['learning_rate']:g} may help."
+        )
+
+    def _validate(self, record: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add to an epoch's record what the validation set says; return truth and prediction of this rank's part."""
+        started = time.perf_counter()
+        _take_buffers_of_first(self.network)
+        true_B, predicted_B = learning.validate(self.network, self.validation.blocks())
+        of_rank = torch.as_tensor(Sums.of(true_B.numpy(), predicted_B.numpy()).values, device=self.device)
+        sums = Sums(self._sum_over_ranks(of_rank).cpu().numpy())
+        trained = self.card.num_training_images / record["images_per_second"]
+        clock = self.config["clock"]
+        record |= {
+            "validation_loss": (sums.rmse / self.network.target.sd) ** 2,
+            "validation_rmse": sums.rmse,
+            "validation_gradient": sums.gradient,
+            "validation_bias": sums.bias,
+            "seconds": trained + time.perf_counter() - started,
+            "elapsed": clock["before"] + time.time() - clock["started"],
+        }
+        return true_B, predicted_B
+
+    def _look(self, total: torch.Tensor) -> tuple[bool, bool]:
+        """Return whether the loss is no number any more, and whether a checkpoint is due, as all ranks see it."""
+        now = time.monotonic()
+        first = self.rank == 0  # whose clock counts
+        seen = [
+            float(not math.isfinite(total)),
+            float(first and now - self.checkpointed >= self.config["seconds_between_checkpoints"]),
+            float(first and now - self.asked >= _SECONDS_BETWEEN_QUESTIONS),
+        ]
+        seen_by_all = self._sum_over_ranks(torch.tensor(seen, dtype=torch.float64, device=self.device))
+        diverged, due, asks = (value > 0 for value in seen_by_all.tolist())
+        if asks:
+            self.asked = now
+            # A node is about to go: what it has learnt must not go with it.
+            warned, self.warned = self.warned, ray.train.get_preemption_info() is not None
+            due = due or (self.warned and not warned)
+        return diverged, due
+
+    def _checkpoint(self, record: dict[str, Any]) -> None:
+        """Report an epoch, or that one is in progress; the files are carried away in the background."""
+        self.checkpointed = time.monotonic()
+        folder = tempfile.mkdtemp()
+        if self.rank == 0:
+            checkpoint.save(folder, self.network, self.steps, self.position)
+        if self.position.step:
+            checkpoint.save_random_state(folder, self.rank)
+        ray.train.report(
+            record,
+            checkpoint=ray.train.Checkpoint.from_directory(folder) if os.listdir(folder) else None,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        )
+
+    def _no_longer_improves(self) -> bool:
+        patience, history = self.card.training.patience, self.position.history
+        if patience is None or not history:
+            return False
+        best = min(history, key=lambda record: record["validation_loss"])
+        return history[-1]["epoch"] - best["epoch"] >= patience
+
+    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over all workers."""
+        if self.world_size == 1:
+            return values
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total
 
 
 def _take_buffers_of_first(network: models.CNN) -> None:
@@ -409,53 +564,3 @@ def _take_buffers_of_first(network: models.CNN) -> None:
     if torch.distributed.is_initialized():
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, src=0)
-
-
-def _save(folder: str, network: models.CNN, steps: torch.optim.Optimizer, history: list[dict[str, Any]]) -> None:
-    """Write a checkpoint: weights and the optimiser's moments as tensors, the rest as JSON."""
-    moments = {
-        f"{parameter}.{name}": value
-        for parameter, state in steps.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-    safetensors.torch.save_file(network.state_dict(), os.path.join(folder, "model.safetensors"))
-    safetensors.torch.save_file(moments, os.path.join(folder, "optimizer.safetensors"))
-    with open(os.path.join(folder, "history.json"), "w") as file:
-        json.dump(history, file)
-
-
-def _restore(network: models.CNN, steps: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Load the checkpoint from which this run goes on, if there is one; return the epochs behind it."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return []
-    with checkpoint.as_directory() as folder:
-        network.load_state_dict(safetensors.torch.load_file(os.path.join(folder, "model.safetensors")))
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in safetensors.torch.load_file(os.path.join(folder, "optimizer.safetensors")).items():
-            parameter, name = key.split(".")
-            moments.setdefault(int(parameter), {})[name] = value
-        steps.load_state_dict({"state": moments, "param_groups": steps.state_dict()["param_groups"]})
-        with open(os.path.join(folder, "history.json")) as file:
-            return json.load(file)
-
-
-@contextmanager
-def _tensorboard(run: str, scratch: str, rank: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield what writes an epoch's record to TensorBoard, readable in the run while it goes on."""
-    if rank != 0:
-        yield lambda record: None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(scratch) as writer:
-
-        def log(record: dict[str, Any]) -> None:
-            for name, value in record.items():
-                if name != "epoch" and value is not None:
-                    writer.add_scalar(name, value, record["epoch"])
-            writer.flush()
-            # Objects cannot be appended to: the file is put there anew.
-            storage.upload(scratch, storage.join(run, "tensorboard"))
-
-        yield log

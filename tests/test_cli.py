@@ -54,8 +54,8 @@ def make_run(run: Path, network: str, num_pixels: int) -> str:
         num_subhalos_scaling=scaling,
         baselines=models.Baselines(constant=1.0, num_subhalos=[1.0], target_of_num_subhalos=[1.0]),
         recipe="tiny", dataset="nowhere", dataset_digest="00000000", validation_dataset=None, num_training_images=1,
-        num_validation_images=1, num_workers=1, num_threads=1, device="cpu", epoch=1, seconds=1.0,
-        cpu_seconds=1.0, gpu_seconds=0.0, versions={},
+        num_validation_images=1, num_workers=1, num_threads=1, share="resident", device="cpu", epoch=1,
+        seconds=1.0, cpu_seconds=1.0, gpu_seconds=0.0, versions={},
         metrics={
             "epoch": 1, "train_loss": 1.0, "validation_loss": 1.0, "validation_rmse": 1.0, "validation_gradient": None,
             "validation_bias": 0.0, "num_threads": 1, "images_per_second": 1.0, "seconds": 1.0, "elapsed": 1.0,

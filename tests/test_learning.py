@@ -6,6 +6,7 @@ from test_models import network
 
 from raylens import learning
 from raylens.config import Model, Training
+from raylens.metrics import Sums
 
 SMALL = Model(filters=(4,), kernel_size=3, dense=32, dropout=0.0)
 
@@ -25,42 +26,27 @@ def test_network_overfits_eight_images(name, optimizer):
     cnn = network(name, SMALL, num_pixels=12)
     data = block(8)
     steps = learning.optimizer(cnn, Training(learning_rate=1e-2, optimizer=optimizer))
-    shuffle = torch.Generator().manual_seed(0)
 
-    for _ in range(200):
-        squared_error_sum, num_rows = learning.train_epoch(cnn, cnn, [data], steps, batch_size=8, shuffle=shuffle)
+    batches = [learning.Batch(data, 1 / 8)] * 200
+    *_, squared_error_sum = learning.train_epoch(cnn, cnn, batches, steps)
 
-    assert num_rows == 8
-    assert squared_error_sum / num_rows < 0.01 * data.target_B.var()
+    assert squared_error_sum / 8 < 0.01 * data.target_B.var()
 
 
-@pytest.mark.parametrize(("sizes", "batch_size"), [([10], 4), ([7, 5, 1], 4), ([3], 16)])
-def test_an_epoch_sees_every_image_once(sizes, batch_size):
-    """Blocks and batches are of awkward sizes; none may lose or repeat a row."""
-    seen = []
-
-    class Watched(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, image_BHW, num_subhalos_B):
-            assert len(image_BHW) <= batch_size
-            seen.extend(num_subhalos_B.tolist())
-            return self.inner(image_BHW, num_subhalos_B)
-
+def test_the_learning_rate_follows_its_schedule():
+    """The paper's is constant; a cosine ends near zero."""
     cnn = network("n-cnn", SMALL, num_pixels=12)
-    data = block(sum(sizes))
-    blocks, first = [], 0
-    for size in sizes:
-        blocks.append(data.take(slice(first, first + size)))
-        first += size
+    rates = {}
+    for schedule in ("constant", "cosine"):
+        training = Training(num_epochs=4, learning_rate=0.1, schedule=schedule)
+        steps = learning.optimizer(cnn, training)
+        rates[schedule] = []
+        for epoch in (1, 2, 3, 4):
+            learning.set_learning_rate(steps, training, epoch)
+            rates[schedule].append(steps.param_groups[0]["lr"])
 
-    learning.train_epoch(
-        Watched(cnn), cnn, blocks, learning.optimizer(cnn, Training()), batch_size=batch_size, shuffle=torch.Generator()
-    )
-
-    assert sorted(seen) == sorted(data.num_subhalos_B.tolist())
+    assert rates["constant"] == [0.1] * 4
+    assert rates["cosine"] == pytest.approx([0.1, 0.05 * (1 + 0.5**0.5), 0.05, 0.05 * (1 - 0.5**0.5)])
 
 
 def test_validation_is_the_measure_of_predictions_in_units():
@@ -69,7 +55,7 @@ def test_validation_is_the_measure_of_predictions_in_units():
     cnn.target = cnn.target.model_copy(update={"mean": 380.0, "sd": 170.0})
     data = block(600)
 
-    sums = learning.validate(cnn, [data.take(slice(0, 17)), data.take(slice(17, None))])
+    sums = Sums.of(*learning.validate(cnn, [data.take(slice(0, 17)), data.take(slice(17, None))]))
     predicted_B = learning.predict(cnn, data.image_BHW, data.num_subhalos_B)
 
     assert sums.num_images == 600

@@ -75,9 +75,9 @@ def card(**changes) -> models.Card:
         "target_scaling": UNSCALED, "num_subhalos_scaling": UNSCALED,
         "baselines": models.Baselines(constant=0.0, num_subhalos=[1.0], target_of_num_subhalos=[0.0]),
         "recipe": "smoke", "dataset": "d", "dataset_digest": "00000000", "validation_dataset": None,
-        "num_training_images": 1, "num_validation_images": 1, "num_workers": 1, "num_threads": 1, "device": "cpu",
-        "epoch": 1, "metrics": {}, "seconds": 1.0, "cpu_seconds": 1.0, "gpu_seconds": 0.0,
-        "versions": {},
+        "num_training_images": 1, "num_validation_images": 1, "num_workers": 1, "num_threads": 1,
+        "share": "resident", "device": "cpu", "epoch": 1, "metrics": {}, "seconds": 1.0,
+        "cpu_seconds": 1.0, "gpu_seconds": 0.0, "versions": {},
     }  # fmt: skip
     return models.Card(**(values | changes))
 

@@ -1,0 +1,179 @@
+"""Training, side by side: a plain torch loop, the same over a DataLoader on the same Parquet, and raylens.
+
+One machine, the same network, batch size, optimiser and threads, and each contestant in a process of its own; they take
+turns. Of raylens's epochs the first is left out, in which it reads, and of the loops the first steps. S3 is a SeaweedFS
+on this machine, whose cores it shares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from scale import alone
+from shards import s3_server
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from raylens import learning, models, recipes, shards, storage
+from raylens.dataset import Dataset
+
+UNSCALED = models.Scaling(mean=380.0, sd=170.0)
+NUM_CPUS = len(os.sched_getaffinity(0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=8192)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 256])
+    parser.add_argument("--networks", nargs="+", default=["n-cnn"])
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each loop")
+    parser.add_argument("--epochs", type=int, default=3, help="of each raylens run, the first not counted")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+
+    facts = []
+    with tempfile.TemporaryDirectory() as folder, s3_server(Path(folder)) as bucket:
+        data = {root: alone(simulate, root, arguments.images) for root in (folder, bucket)}
+        for network in arguments.networks:
+            for batch_size in arguments.batch_sizes:
+                task = (network, batch_size)
+                loops = {"plain loop": in_memory, "plain loop, DataLoader": with_loader}
+                runs = {"raylens": (folder, 1), "raylens, S3": (bucket, 1), "raylens, two workers": (folder, 2)}
+                told: dict[str, list[dict[str, float]]] = defaultdict(list)
+                for repeat in range(arguments.repeats):
+                    for name, loop in loops.items():
+                        told[name].append(alone(run_loop, loop, data[folder], *task, arguments.seconds))
+                    for name, (root, num_workers) in runs.items():
+                        run = storage.join(root, f"{network}-{batch_size}-{num_workers}-{repeat}")
+                        told[name].append(alone(run_raylens, data[root], run, *task, num_workers, arguments.epochs))
+                plain = median(turn["images_per_second"] for turn in told["plain loop"])
+                for name, turns in told.items():
+                    row = {key: median(turn[key] for turn in turns) for key in turns[0]}
+                    facts.append({"network": network, "batch_size": batch_size, "name": name, **row})
+                    print(
+                        f"{network:10} batch {batch_size:4}  {name:24} {row['images_per_second']:7,.0f} images/s  "
+                        f"{row['images_per_second'] / plain:5.2f} of the plain loop  waiting {row['waiting']:6.2%}  "
+                        f"first batch after {row['first']:5.1f} s",
+                        flush=True,
+                    )
+    print(json.dumps({"num_cpus": NUM_CPUS, "images": arguments.images, "rows": facts}))
+
+
+def simulate(root: str, num_images: int) -> str:
+    from raylens import generate
+
+    return generate.simulate(recipes.paper_fixed().simulation, root, recipe="train", num_images=num_images).dataset
+
+
+def run_loop(loop: Any, uri: str, network: str, batch_size: int, seconds: float) -> dict[str, float]:
+    """Return the rate of a plain torch loop over what gives batches for ever."""
+    torch.set_num_threads(NUM_CPUS)
+    began = time.perf_counter()
+    settings = recipes.paper_fixed().n_cnn if network == "n-cnn" else recipes.paper_fixed().alpha_cnn
+    cnn = models.CNN(network, settings.model, num_pixels=60, target=UNSCALED, num_subhalos=UNSCALED)  # type: ignore[arg-type]
+    optimizer = learning.optimizer(cnn, settings.training)
+    cnn.train()
+    batches = loop(Dataset.open(uri), models.TARGETS[network], batch_size)  # type: ignore[index]
+    num_images = 0
+    first, started, waited = 0.0, 0.0, 0.0
+    for step in range(1 << 30):
+        asked = time.perf_counter()
+        image_BHW, num_subhalos_B, target_B = next(batches)
+        now = time.perf_counter()
+        if step == 0:
+            first = now - began
+        if step == 5:  # by now all is warm
+            num_images, started, waited = 0, asked, 0.0
+        waited += now - asked
+        loss = (cnn(image_BHW, num_subhalos_B) - cnn.standardised(target_B)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        num_images += len(image_BHW)
+        if step >= 5 and time.perf_counter() - started > seconds:
+            break
+    spent = time.perf_counter() - started
+    return {"images_per_second": num_images / spent, "waiting": waited / spent, "first": first}
+
+
+def in_memory(data: Dataset, target: str, batch_size: int) -> Iterator[list[torch.Tensor]]:
+    """Shuffled batches of tensors that hold all images."""
+    tables = [shards.read(uri, ["image", "num_subhalos", target]) for uri, _ in data.parts]
+    images = torch.from_numpy(np.concatenate([shards.images(table) for table in tables]))
+    columns = [
+        torch.from_numpy(np.concatenate([table[name].to_numpy() for table in tables]).astype(np.float32))
+        for name in ("num_subhalos", target)
+    ]
+    while True:
+        for rows in torch.randperm(len(images)).split(batch_size):
+            yield [images[rows], *(column[rows] for column in columns)]
+
+
+class Rows(TorchDataset):
+    """The rows of a dataset one by one, each shard read as a whole when a row of it is first asked for."""
+
+    def __init__(self, data: Dataset, target: str) -> None:
+        self.parts, self.target, self.size = data.parts, target, data.plan.shard_size
+        self.num_images, self.read = data.num_images, {}
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.float32, np.float32]:
+        shard, position = divmod(row, self.size)
+        if shard not in self.read:
+            table = shards.read(self.parts[shard][0], ["image", "num_subhalos", self.target])
+            columns = [table[name].to_numpy().astype(np.float32) for name in ("num_subhalos", self.target)]
+            self.read[shard] = (shards.images(table), *columns)
+        images, num_subhalos, target = self.read[shard]
+        return images[position], num_subhalos[position], target[position]
+
+
+def with_loader(data: Dataset, target: str, batch_size: int) -> Iterator[list[torch.Tensor]]:
+    """Shuffled batches from torch's DataLoader, which reads in this process: another would take a core away."""
+    return for_ever(DataLoader(Rows(data, target), batch_size=batch_size, shuffle=True))
+
+
+def for_ever(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
+    while True:
+        yield from loader
+
+
+def run_raylens(uri: str, run: str, network: str, batch_size: int, num_workers: int, epochs: int) -> dict[str, float]:
+    """Return what the later epochs of a run tell; with more workers each has its part of a batch."""
+    from raylens import train
+
+    experiment = recipes.paper_fixed()
+    settings = experiment.n_cnn if network == "n-cnn" else experiment.alpha_cnn
+    settings = settings.override({"training.num_epochs": epochs, "training.batch_size": batch_size})
+    records: list[dict[str, Any]] = []
+    train.train(
+        network,  # type: ignore[arg-type]
+        settings,
+        run,
+        data=Dataset.open(uri),
+        recipe="train",
+        num_workers=num_workers,
+        progress=records.append,
+    )
+    later = records[1:]
+    return {
+        "images_per_second": median(record["images_per_second"] for record in later),
+        "waiting": median(record["waiting"] for record in later),
+        "first": records[0]["elapsed"] - records[0]["seconds"],
+    }
+
+
+if __name__ == "__main__":
+    main()

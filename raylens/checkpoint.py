@@ -1,0 +1,76 @@
+"""A training stopped at any step, as files: weights and optimiser as tensors, the rest as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+
+@dataclass
+class Position:
+    """How far a training has come."""
+
+    history: list[dict[str, Any]] = field(default_factory=list)  # a record for each epoch that has ended
+    world_size: int = 0  # of the ranks that came here
+    step: int = 0  # of the epoch in progress
+    squared_error_sum: float = 0.0  # of its steps
+    seconds: float = 0.0  # spent on them
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in progress, or the next, counted from 1."""
+        return len(self.history) + 1
+
+
+def save(folder: str, network: nn.Module, steps: torch.optim.Optimizer, position: Position) -> None:
+    """Write what all ranks share."""
+    moments = {
+        f"{parameter}.{name}": value
+        for parameter, state in steps.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+    safetensors.torch.save_file(network.state_dict(), os.path.join(folder, "model.safetensors"))
+    safetensors.torch.save_file(moments, os.path.join(folder, "optimizer.safetensors"))
+    with open(os.path.join(folder, "position.json"), "w") as file:
+        json.dump(asdict(position), file)
+
+
+def save_random_state(folder: str, rank: int) -> None:
+    """Write the state of a rank's random numbers, which draw the dropout."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    safetensors.torch.save_file(states, _random_state(folder, rank))
+
+
+def restore(folder: str, network: nn.Module, steps: torch.optim.Optimizer, *, rank: int, world_size: int) -> Position:
+    """Load a checkpoint, and this rank's random state; return how far it is.
+
+    Where there are more or fewer ranks now, their shares are others, so the epoch in progress is
+    begun again, with the weights as they are.
+    """
+    network.load_state_dict(safetensors.torch.load_file(os.path.join(folder, "model.safetensors")))
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in safetensors.torch.load_file(os.path.join(folder, "optimizer.safetensors")).items():
+        parameter, name = key.split(".")
+        moments.setdefault(int(parameter), {})[name] = value
+    steps.load_state_dict({"state": moments, "param_groups": steps.state_dict()["param_groups"]})
+    with open(os.path.join(folder, "position.json")) as file:
+        position = Position(**json.load(file))
+    if position.step and position.world_size == world_size:
+        states = safetensors.torch.load_file(_random_state(folder, rank))
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"])
+        return position
+    return Position(position.history, world_size)
+
+
+def _random_state(folder: str, rank: int) -> str:
+    return os.path.join(folder, f"random-{rank}.safetensors")
