@@ -250,6 +250,7 @@ def train(
     """Train one of the two networks on a dataset."""
     if network not in ("n-cnn", "alpha-cnn"):
         raise typer.BadParameter(f"there is no network {network}; the networks are n-cnn and alpha-cnn.")
+    workers = _workers(num_workers)
     from raylens import dataset as datasets
 
     name = recipe or datasets.read_plan(storage.absolute(data)).recipe
@@ -274,7 +275,7 @@ def train(
         data=datasets.Dataset.open(data),
         validation=datasets.Dataset.open(validation) if validation else None,
         recipe=experiment.name,
-        num_workers=_workers(num_workers),
+        num_workers=workers,
         resume=resume,
         progress=meter,
     )

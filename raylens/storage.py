@@ -274,8 +274,9 @@ def _topmost_missing(path: str) -> str | None:
 def _beside(path: str, content: bytes) -> Iterator[str]:
     """Write a file beside its place, on the disk when this returns, and remove it in the end."""
     beside = _name_beside(path)
+    file = _create(beside)
     try:
-        with _create(beside) as file:
+        with file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -289,12 +290,13 @@ def _beside(path: str, content: bytes) -> Iterator[str]:
 
 def _create(path: str) -> BinaryIO:
     """Open a new file, in a folder that is made if it is not there."""
+    for _ in range(20):
+        # Another run may remove a folder that it had made to see whether it can.
+        with suppress(FileNotFoundError):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            return open(path, "wb")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    try:
-        return open(path, "wb")
-    except FileNotFoundError:  # another run has removed the folder again, which it had made to see whether it can
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        return open(path, "wb")
+    return open(path, "wb")
 
 
 def _name_beside(path: str) -> str:

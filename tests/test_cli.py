@@ -59,6 +59,7 @@ def make_run(run: Path, network: str, num_pixels: int) -> str:
         metrics={
             "epoch": 1, "train_loss": 1.0, "validation_loss": 1.0, "validation_rmse": 1.0, "validation_gradient": None,
             "validation_bias": 0.0, "num_threads": 1, "images_per_second": 1.0, "seconds": 1.0, "elapsed": 1.0,
+            "learning_rate": 1.0, "num_workers": 1, "waiting": 0.0,
         },
     )  # fmt: skip
     models.save(str(run), safetensors.torch.save(models.build(card).state_dict()), card)

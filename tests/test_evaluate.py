@@ -10,6 +10,7 @@ from test_cli import make_run
 
 from raylens import evaluate, learning, models, shards
 from raylens.dataset import Dataset
+from raylens.metrics import Sums
 from raylens.report import report
 
 EXAMPLE = json.loads(Path(__file__).with_name("results_example.json").read_text())
@@ -31,7 +32,7 @@ def rmse_of(run: str, data: Dataset) -> float:
     tables = [shards.read(uri, ["image", "num_subhalos"])[:num] for uri, num in data.parts]
     image_BHW = torch.from_numpy(np.concatenate([shards.images(table) for table in tables]))
     true_B = torch.from_numpy(np.concatenate([table["num_subhalos"].to_numpy() for table in tables])).float()
-    return learning.validate(models.load(run, "n-cnn"), [learning.Block(image_BHW, true_B, true_B)]).rmse
+    return Sums.of(*learning.validate(models.load(run, "n-cnn"), [learning.Block(image_BHW, true_B, true_B)])).rmse
 
 
 def test_runs_may_be_named_from_the_folder_in_which_one_stands(data, runs, tmp_path, monkeypatch, ray_cluster):
