@@ -109,7 +109,7 @@ def run_loop(loop: Any, uri: str, network: str, batch_size: int, seconds: float)
 
 def in_memory(data: Dataset, target: str, batch_size: int) -> Iterator[list[torch.Tensor]]:
     """Shuffled batches of tensors that hold all images."""
-    tables = [shards.read(uri, ["image", "num_subhalos", target]) for uri, _ in data.parts]
+    tables = [shards.read(uri, ["image", *{"num_subhalos", target}]) for uri, _ in data.parts]
     images = torch.from_numpy(np.concatenate([shards.images(table) for table in tables]))
     columns = [
         torch.from_numpy(np.concatenate([table[name].to_numpy() for table in tables]).astype(np.float32))
@@ -133,7 +133,7 @@ class Rows(TorchDataset):
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.float32, np.float32]:
         shard, position = divmod(row, self.size)
         if shard not in self.read:
-            table = shards.read(self.parts[shard][0], ["image", "num_subhalos", self.target])
+            table = shards.read(self.parts[shard][0], ["image", *{"num_subhalos", self.target}])
             columns = [table[name].to_numpy().astype(np.float32) for name in ("num_subhalos", self.target)]
             self.read[shard] = (shards.images(table), *columns)
         images, num_subhalos, target = self.read[shard]
