@@ -32,6 +32,7 @@ benchmarks: $(STAMP)
 	.venv/bin/python benchmarks/simulate.py
 	.venv/bin/python benchmarks/generate.py
 	.venv/bin/python benchmarks/shards.py
+	.venv/bin/python benchmarks/train.py
 
 # Ten thousand, a hundred thousand and a million images: twelve minutes and 15 GB.
 scale: $(STAMP)
