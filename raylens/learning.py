@@ -32,7 +32,7 @@ class Block(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The rows of a step, and what a squared error counts in its loss: one over the number of rows."""
+    """The rows of a step, and what a squared error counts in its loss: for one worker one over the number of rows."""
 
     rows: Block
     weight: float

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,9 @@ def train(
     resources = cluster.connect()
     use_gpu = resources.num_gpus >= least
     room = _require_room(resources, least, most, use_gpu)
-    storage.write(storage.join(run, "run.json"), json.dumps(card.as_dict(), indent=1) + "\n")
+    storage.write_if(
+        storage.join(run, "run.json"), (json.dumps(card.as_dict(), indent=1) + "\n").encode(), standing=None
+    )
 
     before = _history(run)
     # The time of earlier calls, and when this one began: an epoch's record says how long the run has taken by then.
@@ -125,7 +128,7 @@ def train(
         "room": int(_SHARE_OF_MEMORY * room.memory),
         "seconds_between_checkpoints": _SECONDS_BETWEEN_CHECKPOINTS,
     }
-    with _interruptible(), _following(storage.join(run, "metrics.jsonl"), progress):
+    with _interruptible(), _following(run, progress):
         result: Any = _trainer(config, (least, most), room, use_gpu).fit()
     if result.return_value is not None:
         raise ValueError(result.return_value)
@@ -339,20 +342,20 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _following(place: str, progress: Progress) -> Iterator[None]:
+def _following(run: str, progress: Progress) -> Iterator[None]:
     """Pass each line that the workers add to metrics.jsonl on while the body runs."""
     stop = threading.Event()
-    num_seen = len(storage.read(place).splitlines()) if storage.exists(place) else 0
+    num_seen = len(_history(run))
 
     def follow() -> None:
         nonlocal num_seen
         last = False
         while not last:
             last = stop.wait(1.0)
-            lines = storage.read(place).splitlines() if storage.exists(place) else []
-            for line in lines[num_seen:]:
-                progress(json.loads(line))
-            num_seen = max(num_seen, len(lines))
+            history = _history(run)
+            for record in history[num_seen:]:
+                progress(record)
+            num_seen = max(num_seen, len(history))
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -413,7 +416,8 @@ class _Rank:
         card, position = self.card, self.position
         with closing(Board(self.config["run"], card)) if self.rank == 0 else nullcontext() as board:
             if board and not position.history:
-                board.show_images(next(self.validation.blocks()).image_BHW)
+                for block in islice(self.validation.blocks(), 1):  # of few images this rank may have none
+                    board.show_images(block.image_BHW)
             while position.epoch <= card.training.num_epochs and not self._no_longer_improves():
                 learning.set_learning_rate(self.steps, card.training, position.epoch)
                 seed = int(np.random.SeedSequence([card.training.seed, position.epoch, self.rank]).generate_state(1)[0])
@@ -532,16 +536,15 @@ class _Rank:
     def _checkpoint(self, record: dict[str, Any]) -> None:
         """Report an epoch, or that one is in progress; the files are carried away in the background."""
         self.checkpointed = time.monotonic()
-        folder = tempfile.mkdtemp()
-        if self.rank == 0:
-            checkpoint.save(folder, self.network, self.steps, self.position)
-        if self.position.step:
-            checkpoint.save_random_state(folder, self.rank)
-        ray.train.report(
-            record,
-            checkpoint=ray.train.Checkpoint.from_directory(folder) if os.listdir(folder) else None,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        )
+        files = None
+        if self.rank == 0 or self.position.step:
+            folder = tempfile.mkdtemp()  # which Ray removes
+            if self.rank == 0:
+                checkpoint.save(folder, self.network, self.steps, self.position)
+            if self.position.step:
+                checkpoint.save_random_state(folder, self.rank)
+            files = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(record, checkpoint=files, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
 
     def _no_longer_improves(self) -> bool:
         patience, history = self.card.training.patience, self.position.history

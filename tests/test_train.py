@@ -130,6 +130,16 @@ def test_two_workers_validate_the_network_that_is_saved(cli, make_dataset, tiny,
     assert models.read_card(run, "n-cnn").metrics["validation_rmse"] == pytest.approx(measured, rel=1e-6)
 
 
+def test_two_workers_need_no_two_images_to_validate_on(make_dataset, tiny, tmp_path, ray_cluster):
+    """A tenth of fifteen images is one, and the first worker has none of it."""
+    few, run = Dataset.open(make_dataset(tmp_path, tiny, num_images=15)), str(tmp_path / "run")
+
+    trained = train.train("n-cnn", NETWORK, run, data=few, recipe="tiny", num_workers=2)
+
+    assert trained.num_epochs == 2
+    assert models.read_card(run, "n-cnn").num_validation_images == 1
+
+
 def test_an_interrupted_training_says_how_it_goes_on(data, tmp_path):
     """The same command without --resume is refused."""
     run = tmp_path / "run"

@@ -25,12 +25,12 @@ NUM_EPOCHS = 12
 NETWORK = Network(
     model=Model(filters=(4,), kernel_size=3, dense=16), training=Training(num_epochs=NUM_EPOCHS, learning_rate=1e-3)
 )
-# In a process of its own, with a checkpoint at each look at the clock: several in an epoch.
+# In a process of its own, with a checkpoint at each look at the clock: one in the midst of an epoch.
 TRAIN = """
 import sys
 from raylens import cli, train
-train._SECONDS_BETWEEN_CHECKPOINTS, train._SECONDS_BETWEEN_QUESTIONS = 0.0, 0.5
-sys.exit(cli.main(sys.argv[1:]))
+train._SECONDS_BETWEEN_CHECKPOINTS = float(sys.argv[1])
+sys.exit(cli.main(sys.argv[2:]))
 """
 
 
@@ -63,14 +63,16 @@ def losses(run: str | Path) -> list[tuple[float, float]]:
     return [(record["train_loss"], record["validation_loss"]) for record in history(run)]
 
 
-def command(data: Dataset, run: Path, num_epochs: int = NUM_EPOCHS, *more: str) -> list[str]:
+def command(
+    data: Dataset, run: Path, num_epochs: int = NUM_EPOCHS, *more: str, batch_size: int = 16, seconds: float = 0.0
+) -> list[str]:
     settings = {
         "model.filters": [4], "model.kernel_size": 3, "model.dense": 16,
-        "training.num_epochs": num_epochs, "training.learning_rate": 1e-3, "training.batch_size": 16,
+        "training.num_epochs": num_epochs, "training.learning_rate": 1e-3, "training.batch_size": batch_size,
     }  # fmt: skip
     changes = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
     where = ["--data", data.uri, "--to", str(run), "--recipe", "smoke"]
-    return [sys.executable, "-c", TRAIN, "train", "n-cnn", *where, *changes, *more]
+    return [sys.executable, "-c", TRAIN, str(seconds), "train", "n-cnn", *where, *changes, *more]
 
 
 def wait_until(true: Callable[[], Any], running: subprocess.Popen, timeout: float = 200) -> Any:
@@ -226,31 +228,30 @@ def test_a_node_that_dies_takes_a_worker_with_it_and_the_rest_goes_on(data, tmp_
 
 
 @pytest.mark.slow
-def test_a_node_that_is_about_to_go_gives_away_what_it_has_learnt(data, undisturbed, tmp_path):
+def test_a_node_that_is_about_to_go_gives_away_what_it_has_learnt(data, tmp_path):
     """A spot machine is drained with a deadline; another takes over within the epoch."""
-    run, long = tmp_path / "run", 60
-    undisturbed_run = tmp_path / "undisturbed"
-    train.train(
-        "n-cnn", NETWORK.override({"training.num_epochs": long}), str(undisturbed_run), data=data, recipe="tiny"
-    )
+    run, once = tmp_path / "run", tmp_path / "undisturbed"
     with cluster({"num_cpus": 0}, {"num_cpus": 1}, {"num_cpus": 1}) as (nodes, others):
         joined = os.environ | {"RAY_ADDRESS": nodes.address}
+        # A thousand steps an epoch, and by the clock no checkpoint before the end of one: only the warning makes it.
+        words = {"num_epochs": 20, "batch_size": 2, "seconds": 1e6}
+        subprocess.run(command(data, once, **words), check=True, capture_output=True, timeout=300, env=joined)
         with subprocess.Popen(
-            command(data, run, long), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=joined
+            command(data, run, **words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=joined
         ) as training:
             wait_until(lambda: num_epochs(run) >= 2, training)
+            assert not list(run.glob("checkpoints/*/random-0.safetensors"))
             (home,) = [node for node in others[1:] if workers(raylet(node))]
             subprocess.run(
                 [
                     str(Path(sys.executable).parent / "ray"), "drain-node", "--address", nodes.address,
                     "--node-id", home.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
-                    "--reason-message", "spot", "--deadline-remaining-seconds", "5",
+                    "--reason-message", "spot", "--deadline-remaining-seconds", "15",
                 ],
                 check=True, capture_output=True, env=joined, timeout=60,
             )  # fmt: skip
+            wait_until(lambda: list(run.glob("checkpoints/*/random-0.safetensors")), training)
             _, errors = training.communicate(timeout=500)
 
     assert training.returncode == 0, errors
-    assert [record["epoch"] for record in history(run)] == list(range(1, long + 1))
-    # One thread on one CPU there, two here: the same to rounding, which grows from epoch to epoch.
-    np.testing.assert_allclose(losses(run)[:10], losses(undisturbed_run)[:10], rtol=1e-2)
+    assert losses(run) == losses(once)
