@@ -127,7 +127,7 @@ class Step:
 
 
 class _Graphs:
-    """A computation on batches as CUDA graphs: launching its kernels one by one takes longer than they run.
+    """A computation on batches as CUDA graphs, since launching small kernels one by one can take longer than they run.
 
     There is a graph for each number of rows, of which an epoch has two at most (`share.Epoch`). The
     first batches of a number are computed as they are, and count like any other; then one is
