@@ -31,11 +31,12 @@ class Position:
 def save(folder: str, network: nn.Module, steps: torch.optim.Optimizer, position: Position) -> None:
     """Write what all ranks share."""
     moments = {
-        f"{parameter}.{name}": value
+        f"{parameter}.{name}": value.contiguous()
         for parameter, state in steps.state_dict()["state"].items()
         for name, value in state.items()
     }
-    safetensors.torch.save_file(network.state_dict(), os.path.join(folder, "model.safetensors"))
+    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+    safetensors.torch.save_file(weights, os.path.join(folder, "model.safetensors"))
     safetensors.torch.save_file(moments, os.path.join(folder, "optimizer.safetensors"))
     with open(os.path.join(folder, "position.json"), "w") as file:
         json.dump(asdict(position), file)
@@ -56,10 +57,14 @@ def restore(folder: str, network: nn.Module, steps: torch.optim.Optimizer, *, ra
     begun again, with the weights as they are.
     """
     network.load_state_dict(safetensors.torch.load_file(os.path.join(folder, "model.safetensors")))
+    parameters = [parameter for group in steps.param_groups for parameter in group["params"]]
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in safetensors.torch.load_file(os.path.join(folder, "optimizer.safetensors")).items():
-        parameter, name = key.split(".")
-        moments.setdefault(int(parameter), {})[name] = value
+        number, name = key.split(".")
+        parameter = parameters[int(number)]
+        # A fused optimiser takes a moment's memory to be laid out as its parameter's is.
+        laid_out = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+        moments.setdefault(int(number), {})[name] = laid_out
     steps.load_state_dict({"state": moments, "param_groups": steps.state_dict()["param_groups"]})
     with open(os.path.join(folder, "position.json")) as file:
         position = Position(**json.load(file))
