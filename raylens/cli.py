@@ -400,22 +400,39 @@ class _Meter:
 
 
 class _Epochs:
-    """Tells of each epoch on standard error."""
+    """Tells of a training on standard error: a table that grows by a line with each epoch."""
+
+    _COLUMNS = ("loss", "validation", "RMSE", "gradient", "bias", "images/s", "waiting")
 
     def __init__(self, network: str, num_epochs: int) -> None:
         self.network, self.num_epochs = network, num_epochs
+        self.begun = False
 
     def __call__(self, record: dict[str, Any]) -> None:
         if _Talk.quiet:
             return
-        left = record["seconds"] * (self.num_epochs - record["epoch"])
-        print(
-            f"{self.network:10} epoch {record['epoch']} of {self.num_epochs}  loss {record['train_loss']:.4f}  "
-            f"validation: loss {record['validation_loss']:.4f}, RMSE {record['validation_rmse']:.4g}, "
-            f"gradient {_number(record['validation_gradient'], '.3f')}  "
-            f"{record['images_per_second']:,.0f} images/s  {_duration(left)} left",
-            file=sys.stderr,
+        epoch = f"{record['epoch']} of {self.num_epochs}"
+        if not self.begun:
+            self.begun = True
+            first = f"; first batch after {_duration(record['elapsed'] - record['seconds'])}"
+            print(
+                f"{self.network:10} workers: {record['num_workers']}, threads of each: {record['num_threads']}, "
+                f"images: {record['share']}{first if record['epoch'] == 1 else ''}\n"
+                f"{'':10} {'epoch':>11} {' '.join(f'{name:>10}' for name in self._COLUMNS)}  time left",
+                file=sys.stderr,
+            )
+        values = (
+            f"{record['train_loss']:.4f}",
+            f"{record['validation_loss']:.4f}",
+            f"{record['validation_rmse']:.4g}",
+            _number(record["validation_gradient"], ".3f"),
+            f"{record['validation_bias']:+.3g}",
+            f"{record['images_per_second']:,.0f}",
+            f"{record['waiting']:.1%}",
         )
+        left = _duration(record["seconds"] * (self.num_epochs - record["epoch"]))
+        told = " ".join(f"{value:>10}" for value in values)
+        print(f"{self.network:10} {epoch:>11} {told}  {left}", file=sys.stderr, flush=True)
 
 
 def _workers(text: str) -> int | tuple[int, int]:
