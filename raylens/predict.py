@@ -90,7 +90,7 @@ def predict(
     started = time.perf_counter()
     images, to, n_cnn, alpha_cnn = (storage.absolute(uri) for uri in (images, to, n_cnn, alpha_cnn))
     found = intake.find(images)
-    _require_place(to, images, found)
+    _require_place(to, images)
     cards, networks = _load(n_cnn, alpha_cnn, [found.data] if found.data else [])
     files, card = found.files, cards[0]
 
@@ -187,14 +187,14 @@ class _Row(NamedTuple):
     states_scale: bool
 
 
-def _require_place(to: str, images: str, found: intake.Found) -> None:
+def _require_place(to: str, images: str) -> None:
     """Refuse to write what is no Parquet file, where it cannot be written, or where it would be read as images."""
     folder = to.rpartition("/")[0]
     if not to.endswith(".parquet"):
         raise ValueError(f"the file to write must end in .parquet; got {to}.")
     if folder == images or to == images:
         raise ValueError(
-            f"{to} lies among the images, as one of which it would be read the next time; write elsewhere."
+            f"{to} lies among the images, and would be read as one of them the next time; choose another --to."
         )
     storage.check_writable(folder)
 

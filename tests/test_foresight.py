@@ -96,5 +96,5 @@ def test_on_a_terminal_progress_is_one_line_that_changes(tiny, tmp_path):
     progress, _, after = shown.decode().partition("\r\n")
     assert "images" not in after
     lines = progress.split("\r\x1b[K")
-    assert re.search(r"64 of 64 images  16 of 16 shards +[\d,]+/s  in \d+ s$", lines[-1])
-    assert re.search(r"\d+ of 16 shards +[\d,]+/s  (\d+ min )?\d+ s left$", lines[1])
+    assert re.search(r"64 of 64 images  16 of 16 shards +[\d,.]+/s  in \d+ s$", lines[-1])
+    assert re.search(r"\d+ of 16 shards +[\d,.]+/s  (\d+ min )?\d+ s left$", lines[1])

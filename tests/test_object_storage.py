@@ -262,6 +262,8 @@ VERBS = {
     "train on": ("train", "n-cnn", "--data", "{place}", "--to", "{root}/run"),
     "train to": ("train", "n-cnn", "--data", "{data}", "--to", "{place}", "--recipe", "smoke"),
     "evaluate": ("evaluate", "--n-cnn", "{place}", "--alpha-cnn", "{place}", "--data", "{data}", "--to", "{root}/r"),
+    "predict": ("predict", "--n-cnn", "r", "--alpha-cnn", "r", "--images", "{place}", "--to", "{root}/p.parquet"),
+    "export run": ("export", "{place}", "--to", "{root}/some.onnx"),
     "export": ("export", "{place}", "--index", "0:2", "--to", "{root}/images.fits"),
     "export to": ("export", "{data}", "--index", "0:2", "--to", "{place}/images.fits"),
     "report": ("report", "{place}/results.json", "--to", "{root}/report.html"),

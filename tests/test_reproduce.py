@@ -62,7 +62,7 @@ def test_results_are_those_of_the_networks_and_test_sets_that_stand(tmp_path, ra
     experiment, root = Experiment.parse(TINY), str(tmp_path / "root")
     first = reproduce.reproduce(experiment, root)
     place = Path(first["results"])
-    make_run(Path(first["runs"]["n-cnn"]), "n-cnn", 16)
+    make_run(Path(first["runs"]["n-cnn"]), "n-cnn", 16, pixel_scale=0.4)
 
     second = reproduce.reproduce(experiment, root)
     results = json.loads(place.read_text())
