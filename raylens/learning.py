@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,14 @@ def set_learning_rate(steps: torch.optim.Optimizer, training: Training, epoch: i
         rate *= (1 + math.cos(math.pi * (epoch - 1) / training.num_epochs)) / 2
     for group in steps.param_groups:
         group["lr"] = rate
+
+
+def no_longer_improves(history: list[dict[str, Any]], training: Training) -> bool:
+    """Return whether an epoch's validation loss has been the lowest for as long as a training has patience."""
+    if training.patience is None or not history:
+        return False
+    best = min(history, key=lambda record: record["validation_loss"])
+    return bool(history[-1]["epoch"] - best["epoch"] >= training.patience)
 
 
 def train_epoch(
