@@ -7,6 +7,7 @@ the lowest value of any of its epochs.
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from typing import Any, Literal
 
 from raylens import recipes, storage
@@ -103,10 +104,7 @@ def histories(campaign: str, record: Campaign) -> dict[str, list[dict[str, Any]]
 
 def best_so_far(history: list[dict[str, Any]], metric: str) -> list[float]:
     """Return the lowest value of a metric after each epoch."""
-    values: list[float] = []
-    for record in history:
-        values.append(min(record[metric], *values[-1:]))
-    return values
+    return list(accumulate((record[metric] for record in history), min))
 
 
 def winning_recipe(record: Campaign, simulation: Simulation, recipe: str) -> dict[str, Any]:

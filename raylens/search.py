@@ -56,7 +56,7 @@ def paper_alpha_cnn() -> Search:
 
 
 def smoke() -> Search:
-    """Eight small N-CNNs, in a minute."""
+    """Twelve N-CNNs of the recipe smoke and near it, in a few minutes."""
     return paper_n_cnn().override(
         {
             "name": "smoke",
@@ -66,8 +66,8 @@ def smoke() -> Search:
                 "learning_rate": [5e-4, 5e-3],
                 "kernel_size": [3, 5],
                 "num_layers": [1, 3],
-                "filters": [8],
-                "growth": [1],
+                "filters": [16, 64],
+                "growth": [2],
             },
         }
     )

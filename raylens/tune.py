@@ -225,7 +225,7 @@ def _scheduler(searcher: Searcher, search: Search) -> TrialScheduler:
 
 def _run(watch: _Watch, scheduler: TrialScheduler, *, card: models.Card, images: Any) -> None:
     # Ours are TensorBoard and the record; and Ctrl-C ends a campaign at once, which goes on with --resume.
-    os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1")
+    os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0")
     file_system, path = storage.arrow_file_system(watch.campaign)
     scratch = f"{path}/ray"
     _remove_folder(file_system, scratch)
@@ -471,7 +471,8 @@ class _Watch(ray.tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         known = self.trials[str(trial)]
-        reason = str(trial.get_error() or "its process died").strip().splitlines()[0]
+        lines = str(trial.get_error() or "its process died").strip().splitlines()
+        reason = lines[-1]  # of a traceback the last says what was raised
         self._change(known, status="failed", reason=reason)
         self._end(known.id)
 
