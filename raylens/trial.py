@@ -11,6 +11,7 @@ import math
 import time
 from typing import Any
 
+import safetensors
 import torch
 
 from raylens import checkpoint, learning, models, share, storage
@@ -47,7 +48,12 @@ class Trial:
         self.position = Position(world_size=1)
         kept = storage.read_if_there(storage.join(place, CHECKPOINT))
         if kept is not None:
-            self.restore(kept)
+            try:
+                self.restore(kept)
+            except (RuntimeError, KeyError, safetensors.SafetensorError) as error:
+                raise ValueError(
+                    f"{storage.join(place, CHECKPOINT)} is broken, or of another network: {str(error).splitlines()[0]}"
+                ) from None
         self.saved = time.monotonic()
 
     @property

@@ -218,7 +218,7 @@ def _scheduler(searcher: Searcher, search: Search) -> TrialScheduler:
             mode="min",
             perturbation_interval=_EPOCHS_BETWEEN_MUTATIONS,
             burn_in_period=least,
-            hyperparam_mutations={"config": mutations},
+            hyperparam_mutations={"trial": {"config": mutations}},
         )
     return FIFOScheduler()
 
@@ -229,21 +229,23 @@ def _run(watch: _Watch, scheduler: TrialScheduler, *, card: models.Card, images:
     file_system, path = storage.arrow_file_system(watch.campaign)
     scratch = f"{path}/ray"
     _remove_folder(file_system, scratch)
-    pbt = isinstance(scheduler, PopulationBasedTraining)
+    # A population is there from the beginning and is trained by turns; other trials are proposed when there is room.
+    turns = isinstance(scheduler, PopulationBasedTraining)
+    population = ray.tune.grid_search([watch.begin() for _ in range(watch.num_open)]) if turns else None
     trainable = ray.tune.with_parameters(
         _Trainable, campaign=watch.campaign, search=watch.record.search, card=card, images={"ref": images}
     )
     ray.tune.Tuner(
         ray.tune.with_resources(trainable, watch.slots.resources),
+        param_space={"trial": population} if turns else None,
         tune_config=ray.tune.TuneConfig(
-            search_alg=_Proposer(watch),
+            search_alg=None if turns else _Proposer(watch),
             scheduler=scheduler,
-            num_samples=watch.num_open,
-            # A population is trained by turns; all others come when there is room.
-            max_concurrent_trials=None if pbt else watch.slots.num,
+            num_samples=1 if turns else watch.num_open,
+            max_concurrent_trials=None if turns else watch.slots.num,
             reuse_actors=True,
-            trial_name_creator=lambda trial: trial.config["id"],
-            trial_dirname_creator=lambda trial: trial.config["id"],
+            trial_name_creator=lambda trial: trial.config["trial"]["id"],
+            trial_dirname_creator=lambda trial: trial.config["trial"]["id"],
         ),
         run_config=ray.tune.RunConfig(
             name="ray",
@@ -315,9 +317,8 @@ class _Trainable(ray.tune.Trainable):
         self.fault: str | None = None
         self.num_told = 0  # of the epochs that stood when it was begun
         try:
-            network = searches.network_of(
-                self.search, Network(model=card.model, training=card.training), config["config"]
-            )
+            base = Network(model=card.model, training=card.training)
+            network = searches.network_of(self.search, base, config["trial"]["config"])
             own = models.Card.parse(card.as_dict() | network.as_dict())
             self.trial = Trial(campaigns.folder(campaign, self.trial_name), own, *self.blocks)
         except Exception as error:
@@ -349,10 +350,14 @@ class _Trainable(ray.tune.Trainable):
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Give another of the population what this one has learnt; one that failed has nothing to give."""
+        if self.fault is not None:
+            return
         with open(os.path.join(checkpoint_dir, "checkpoint.safetensors"), "wb") as file:
             file.write(self.trial.packed())
 
     def load_checkpoint(self, checkpoint: Any) -> None:
+        """Go on from what another of the population has learnt, or this one before it made room for another."""
         with open(os.path.join(checkpoint, "checkpoint.safetensors"), "rb") as file:
             self.trial.restore(file.read())
         self.num_told = len(self.trial.history)
@@ -373,7 +378,8 @@ class _Proposer(ray.tune.search.Searcher):
         self.watch = watch
 
     def suggest(self, trial_id: str) -> Any:
-        return self.watch.begin() or self.FINISHED
+        trial = self.watch.begin()
+        return self.FINISHED if trial is None else {"trial": trial}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pass  # the watch sees it
@@ -427,7 +433,7 @@ class _Watch(ray.tune.Callback):
                 scheduler.on_trial_remove(controller, known)
 
     def begin(self) -> dict[str, Any] | None:
-        """Return the next trial as Ray Tune takes it, or None when there is no other."""
+        """Return the id and the configuration of the next trial, or None when there is no other."""
         if self.waiting:
             trial = self.trials[self.waiting.pop(0)]
         else:
@@ -450,7 +456,7 @@ class _Watch(ray.tune.Callback):
             best = min(history, key=lambda one: one[self.record.search.metric])
             self._change(
                 known,
-                config=dict(trial.config["config"]),
+                config=dict(trial.config["trial"]["config"]),
                 metric=best[self.record.search.metric],
                 epoch=best["epoch"],
                 epochs=record["epoch"],
