@@ -30,7 +30,7 @@ class Position:
 
 def save(folder: str, network: nn.Module, steps: torch.optim.Optimizer, position: Position) -> None:
     """Write what all ranks share."""
-    safetensors.torch.save_file(network.state_dict(), os.path.join(folder, "model.safetensors"))
+    safetensors.torch.save_file(_weights(network), os.path.join(folder, "model.safetensors"))
     safetensors.torch.save_file(_moments(steps), os.path.join(folder, "optimizer.safetensors"))
     with open(os.path.join(folder, "position.json"), "w") as file:
         json.dump(asdict(position), file)
@@ -66,7 +66,7 @@ def restore(folder: str, network: nn.Module, steps: torch.optim.Optimizer, *, ra
 def packed(network: nn.Module, steps: torch.optim.Optimizer, position: Position) -> bytes:
     """Return what one process needs to go on from the end of an epoch, as one safetensors file."""
     tensors = {
-        **{f"model.{name}": value for name, value in network.state_dict().items()},
+        **{f"model.{name}": value for name, value in _weights(network).items()},
         **{f"optimizer.{name}": value for name, value in _moments(steps).items()},
     }
     return safetensors.torch.save(tensors, {"position": json.dumps(asdict(position))})
@@ -85,19 +85,27 @@ def unpack(content: bytes, network: nn.Module, steps: torch.optim.Optimizer) -> 
     return Position(**json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["position"]))
 
 
+def _weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.contiguous() for name, value in network.state_dict().items()}
+
+
 def _moments(steps: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
-        f"{parameter}.{name}": value
+        f"{parameter}.{name}": value.contiguous()
         for parameter, state in steps.state_dict()["state"].items()
         for name, value in state.items()
     }
 
 
 def _load_moments(steps: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = [parameter for group in steps.param_groups for parameter in group["params"]]
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
-        parameter, name = key.split(".")
-        moments.setdefault(int(parameter), {})[name] = value
+        number, name = key.split(".")
+        parameter = parameters[int(number)]
+        # A fused optimiser takes a moment's memory to be laid out as its parameter's is.
+        laid_out = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+        moments.setdefault(int(number), {})[name] = laid_out
     steps.load_state_dict({"state": moments, "param_groups": steps.state_dict()["param_groups"]})
 
 

@@ -264,6 +264,9 @@ class Model(Settings):
         return self
 
 
+Precision = Literal["float32", "bfloat16"]
+
+
 class Training(Settings):
     """How a network is trained (section 2.2)."""
 
@@ -272,6 +275,7 @@ class Training(Settings):
     learning_rate: float = Field(1e-4, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate; cosine: to 0 after num_epochs
     optimizer: Literal["adam", "nadam"] = "adam"
+    precision: Precision = "float32"  # of a network's arithmetic while it is trained; it predicts in float32
     patience: Annotated[int, Field(ge=1)] | None = None  # stop after so many epochs without a better one; null: never
     seed: int = Field(0, ge=0, lt=2**63)
 

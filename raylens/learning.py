@@ -7,16 +7,18 @@ float32, on the device of the model, in the units of the dataset. `share` cuts b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from raylens.config import Training
+from raylens.config import Precision, Training
 from raylens.models import CNN
 
 _NUM_AT_ONCE = 512  # images in a pass without gradients
+_NUM_STEPS_BEFORE_CAPTURE = 3  # in which libraries choose their kernels, and the optimiser makes its state
 
 
 class Block(NamedTuple):
@@ -38,20 +40,39 @@ class Batch(NamedTuple):
     weight: float
 
 
+def on_device(network: CNN, device: torch.device, precision: Precision) -> CNN:
+    """Return the network where it is trained; for bfloat16 on a GPU in the layout of its tensor cores."""
+    if device.type == "cuda" and precision == "bfloat16":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # documented, not in the stubs
+    return network.to(device)
+
+
 def optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """Return the optimiser of a training, in torch's fastest form of it."""
+    """Return the optimiser of a training, in torch's fastest form of it; on a GPU one that a CUDA graph can hold."""
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
+    # A graph remembers addresses, so that the learning rate has one there.
+    rate = torch.tensor(training.learning_rate, device=device) if on_gpu else training.learning_rate
     if training.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), training.learning_rate, fused=True)
-    return torch.optim.NAdam(model.parameters(), training.learning_rate, foreach=True)
+        return torch.optim.Adam(model.parameters(), rate, fused=True, capturable=on_gpu)
+    return torch.optim.NAdam(model.parameters(), rate, foreach=True, capturable=on_gpu)
+
+
+def learning_rate(training: Training, epoch: int) -> float:
+    """Return the learning rate of an epoch, counted from 1."""
+    if training.schedule == "cosine":
+        return training.learning_rate * ((1 + math.cos(math.pi * (epoch - 1) / training.num_epochs)) / 2)
+    return training.learning_rate
 
 
 def set_learning_rate(steps: torch.optim.Optimizer, training: Training, epoch: int) -> None:
     """Give the optimiser the learning rate of an epoch, counted from 1."""
-    rate = training.learning_rate
-    if training.schedule == "cosine":
-        rate *= (1 + math.cos(math.pi * (epoch - 1) / training.num_epochs)) / 2
+    rate = learning_rate(training, epoch)
     for group in steps.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def no_longer_improves(history: list[dict[str, Any]], training: Training) -> bool:
@@ -62,22 +83,108 @@ def no_longer_improves(history: list[dict[str, Any]], training: Training) -> boo
     return bool(history[-1]["epoch"] - best["epoch"] >= training.patience)
 
 
-def train_epoch(
-    model: nn.Module, network: CNN, batches: Iterable[Batch], steps: torch.optim.Optimizer
-) -> Iterator[Tensor]:
-    """Take a step for each batch; yield its sum of squared standardised errors, on the model's device.
+class Step:
+    """A step of training: takes a batch, changes the weights, returns the sum of squared standardised errors.
 
-    `model` is the network, or what distributes it; `network` is itself. The mean squared error is
-    eq. 2.4, of the standardised target.
+    The mean squared error is eq. 2.4, of the standardised target.
+
+    Parameters
+    ----------
+    model
+        The network, or what distributes it.
+    network
+        The network itself, on its device (`on_device`).
+    steps
+        Its optimiser, into which a checkpoint, if there is one, has been restored.
+    precision
+        bfloat16: of the network's arithmetic where that loses little; weights, loss and optimiser stay float32.
+    graph
+        Whether steps are captured as CUDA graphs: for a GPU whose steps wait for no other worker.
     """
-    model.train()
-    for rows, weight in batches:
-        error_B = model(rows.image_BHW, rows.num_subhalos_B) - network.standardised(rows.target_B)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        network: CNN,
+        steps: torch.optim.Optimizer,
+        *,
+        precision: Precision = "float32",
+        graph: bool = False,
+    ) -> None:
+        self.model, self._network, self._steps = model, network, steps
+        device = next(network.parameters()).device
+        # Each weight is used once, so that a cache of those cast would only take memory.
+        self._autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False
+        )
+        self._graphs = _Graphs(self._compute, device) if graph else None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self._graphs(batch) if self._graphs else self._compute(batch)
+
+    def _compute(self, batch: Batch) -> Tensor:
+        rows, weight = batch
+        with self._autocast:
+            prediction_B = self.model(rows.image_BHW, rows.num_subhalos_B)
+        error_B = prediction_B - self._network.standardised(rows.target_B)
         squared_error = error_B.square().sum()
-        steps.zero_grad()
+        self._steps.zero_grad()
         (squared_error * weight).backward()
-        steps.step()
-        yield squared_error.detach()
+        self._steps.step()
+        return squared_error.detach()
+
+
+class _Graphs:
+    """A computation on batches as CUDA graphs, since launching small kernels one by one can take longer than they run.
+
+    There is a graph for each number of rows, of which an epoch has two at most (`share.Epoch`). The
+    first batches of a number are computed as they are, and count like any other; then one is
+    captured, and it and all that follow are replayed, with the same kernels and random numbers.
+    """
+
+    def __init__(self, compute: Callable[[Batch], Tensor], device: torch.device) -> None:
+        self._compute = compute
+        self._stream = torch.cuda.Stream(device)  # captures cannot be on the default one, and the first steps are alike
+        self._pool = torch.cuda.graph_pool_handle()  # one replays at a time, so that they share their memory
+        self._num_computed: Counter[tuple[int, float]] = Counter()
+        self._captured: dict[tuple[int, float], tuple[torch.cuda.CUDAGraph, Block, Tensor]] = {}
+
+    def __call__(self, batch: Batch) -> Tensor:
+        kind = (len(batch.rows.target_B), batch.weight)
+        if kind not in self._captured:
+            if self._num_computed[kind] < _NUM_STEPS_BEFORE_CAPTURE:
+                self._num_computed[kind] += 1
+                return self._compute_aside(batch)
+            self._captured[kind] = self._capture(batch)
+        graph, rows, result = self._captured[kind]
+        for held, column in zip(rows, batch.rows, strict=True):
+            held.copy_(column)
+        graph.replay()
+        return result.clone()  # the next replay writes there again
+
+    def _compute_aside(self, batch: Batch) -> Tensor:
+        main = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream):
+            result = self._compute(batch)
+        main.wait_stream(self._stream)
+        return result
+
+    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Block, Tensor]:
+        """Return a graph, where it reads its rows, and where it writes its result; nothing is computed yet."""
+        rows = Block(*(column.clone() for column in batch.rows))
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (Ray's, NCCL's) may call what a capturing one must not.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = self._compute(Batch(rows, batch.weight))
+        return graph, rows, result
+
+
+def train_epoch(step: Step, batches: Iterable[Batch]) -> Iterator[Tensor]:
+    """Take a step for each batch; yield its sum of squared standardised errors, on the model's device."""
+    step.model.train()
+    for batch in batches:
+        yield step(batch)
 
 
 @torch.inference_mode()

@@ -369,6 +369,7 @@ def _following(run: str, progress: Progress) -> Iterator[None]:
 def _train_worker(config: dict[str, Any]) -> str | None:
     """Train on this worker's share, in step with the others; return what made that impossible."""
     torch.set_num_threads(config["num_threads"])
+    torch.backends.cudnn.deterministic = True  # or a resumed run would not be the one that was interrupted
     rank, fault = None, None
     try:
         rank = _Rank(config)
@@ -398,7 +399,7 @@ class _Rank:
         self.epoch = share.Epoch(self.card.num_training_images, training.batch_size, self.rank, self.world_size)
 
         torch.manual_seed(training.seed)
-        self.network = models.build(self.card).to(self.device)
+        self.network = learning.on_device(models.build(self.card), self.device, training.precision)
         self.steps = learning.optimizer(self.network, training)
         self.position = Position(world_size=self.world_size)
         standing = ray.train.get_checkpoint()
@@ -407,7 +408,13 @@ class _Rank:
                 self.position = checkpoint.restore(
                     folder, self.network, self.steps, rank=self.rank, world_size=self.world_size
                 )
-        self.model = ray.train.torch.prepare_model(self.network)
+        self.take_step = learning.Step(
+            ray.train.torch.prepare_model(self.network),
+            self.network,
+            self.steps,
+            precision=training.precision,
+            graph=self.device.type == "cuda" and self.world_size == 1,
+        )
         self.checkpointed = self.asked = time.monotonic()
         self.warned = False
 
@@ -467,7 +474,7 @@ class _Rank:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         total += position.squared_error_sum if self.rank == 0 else 0.0
         batches = timed(self.share.batches(self.epoch, seed, position.step))
-        for squared_error in learning.train_epoch(self.model, self.network, batches, self.steps):
+        for squared_error in learning.train_epoch(self.take_step, batches):
             total += squared_error
             position.step += 1
             if position.step % _STEPS_BETWEEN_LOOKS == 0 and position.step < self.epoch.num_steps:
@@ -484,7 +491,7 @@ class _Rank:
         record = {
             "epoch": position.epoch,
             "train_loss": loss,
-            "learning_rate": self.steps.param_groups[0]["lr"],
+            "learning_rate": learning.learning_rate(self.card.training, position.epoch),
             "num_workers": self.world_size,
             "num_threads": torch.get_num_threads(),
             "share": "resident" if isinstance(self.share, share.Resident) else "streamed",

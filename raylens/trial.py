@@ -43,9 +43,10 @@ class Trial:
         self.epoch = share.Epoch(len(train.target_B), card.training.batch_size, rank=0, world_size=1)
         self.device = train.image_BHW.device
         torch.manual_seed(card.training.seed)
-        self.network = models.build(card).to(self.device)
+        self.network = learning.on_device(models.build(card), self.device, card.training.precision)
         self.steps = learning.optimizer(self.network, card.training)
         self.position = Position(world_size=1)
+        self.take_step = self._step()
         kept = storage.read_if_there(storage.join(place, CHECKPOINT))
         if kept is not None:
             try:
@@ -80,9 +81,7 @@ class Trial:
         seed = share.seed_of(training.seed, position.epoch, 0)
         torch.manual_seed(seed)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for squared_error in learning.train_epoch(
-            self.network, self.network, self.share.batches(self.epoch, seed), self.steps
-        ):
+        for squared_error in learning.train_epoch(self.take_step, self.share.batches(self.epoch, seed)):
             total += squared_error
         loss = float(total) / self.epoch.num_images
         spent = time.perf_counter() - started
@@ -93,7 +92,7 @@ class Trial:
         record = {
             "epoch": position.epoch,
             "train_loss": loss,
-            "learning_rate": self.steps.param_groups[0]["lr"],
+            "learning_rate": learning.learning_rate(training, position.epoch),
             "batch_size": training.batch_size,
             "images_per_second": self.epoch.num_images / spent,
             "validation_loss": (sums.rmse / self.network.target.sd) ** 2,
@@ -109,6 +108,15 @@ class Trial:
             self.save()
         return record
 
+    def _step(self) -> learning.Step:
+        return learning.Step(
+            self.network,
+            self.network,
+            self.steps,
+            precision=self.card.training.precision,
+            graph=self.device.type == "cuda",
+        )
+
     def packed(self) -> bytes:
         """Return what another process needs to go on from here."""
         return checkpoint.packed(self.network, self.steps, self.position)
@@ -116,6 +124,7 @@ class Trial:
     def restore(self, content: bytes) -> None:
         """Go on from what `packed` returned."""
         self.position = checkpoint.unpack(content, self.network, self.steps)
+        self.take_step = self._step()
 
     def save(self) -> None:
         """Keep what a later trial at this place needs to go on from here."""

@@ -206,7 +206,10 @@ def test_normal_quantile_agrees_with_scipy(u, mean, sd, low, width):
 
     value = quantile(Normal(normal=(mean, sd, low, high)), np.array([u]))
 
-    np.testing.assert_allclose(value, stats.truncnorm.ppf(u, *ends, loc=mean, scale=sd), rtol=0, atol=1e-8)
+    truncated = stats.truncnorm(*ends, loc=mean, scale=sd)
+    # The last bits of a probability move the value by so much, which counts eight standard deviations out.
+    unresolved = 1e-15 / truncated.pdf(truncated.ppf(u)) if u > 0 else 0.0
+    np.testing.assert_allclose(value, truncated.ppf(u), rtol=0, atol=1e-8 + unresolved)
     assert low <= value[0] <= high
 
 

@@ -1,14 +1,23 @@
 """An epoch uses every row once, and the networks can learn."""
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import pytest
 import torch
 from test_models import network
 
-from raylens import learning
+from raylens import checkpoint, learning
+from raylens.checkpoint import Position
 from raylens.config import Model, Training
 from raylens.metrics import Sums
 
 SMALL = Model(filters=(4,), kernel_size=3, dense=32, dropout=0.0)
+WITH_CHANCE = SMALL.override({"filters": [4, 8], "dropout": 0.25})
+TRAINING = Training(num_epochs=3, learning_rate=1e-2, schedule="cosine")
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and here is none")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
 def block(num_images: int, num_pixels: int = 12) -> learning.Block:
@@ -20,7 +29,8 @@ def block(num_images: int, num_pixels: int = 12) -> learning.Block:
 
 @pytest.mark.parametrize("name", ["n-cnn", "alpha-cnn"])
 @pytest.mark.parametrize("optimizer", ["adam", "nadam"])
-def test_network_overfits_eight_images(name, optimizer):
+@pytest.mark.parametrize(("precision", "left"), [("float32", 0.01), ("bfloat16", 0.1)])
+def test_network_overfits_eight_images(name, optimizer, precision, left):
     """A network that cannot learn eight images by heart has a fault between loss and weights."""
     torch.manual_seed(0)
     cnn = network(name, SMALL, num_pixels=12)
@@ -28,9 +38,133 @@ def test_network_overfits_eight_images(name, optimizer):
     steps = learning.optimizer(cnn, Training(learning_rate=1e-2, optimizer=optimizer))
 
     batches = [learning.Batch(data, 1 / 8)] * 200
-    *_, squared_error_sum = learning.train_epoch(cnn, cnn, batches, steps)
+    *_, squared_error_sum = learning.train_epoch(learning.Step(cnn, cnn, steps, precision=precision), batches)
 
-    assert squared_error_sum / 8 < 0.01 * data.target_B.var()
+    assert squared_error_sum / 8 < left * data.target_B.var()
+
+
+def test_only_the_networks_arithmetic_is_rounded_to_bfloat16():
+    """Weights that were rounded would lose small steps, and a rounded prediction would be another measure."""
+    errors, cnns = [], []
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        cnns.append(network("n-cnn", SMALL, num_pixels=12))
+        step = learning.Step(cnns[-1], cnns[-1], learning.optimizer(cnns[-1], TRAINING), precision=precision)
+        errors.append(step(learning.Batch(block(8), 1 / 8)))
+
+    assert errors[0] != errors[1] == pytest.approx(float(errors[0]), rel=0.02)
+    assert errors[1].dtype == torch.float32
+    assert {value.dtype for value in cnns[1].state_dict().values()} == {torch.float32, torch.int64}
+    assert learning.predict(cnns[1], *block(8)[:2]).dtype == torch.float32
+
+
+class Trained:
+    """A network in training, on some device and under some setting, with the errors of its steps so far."""
+
+    def __init__(self, device: str, *, graph: bool, training: Training = TRAINING) -> None:
+        torch.manual_seed(0)
+        self.training, self.device = training, torch.device(device)
+        self.cnn = learning.on_device(network("alpha-cnn", WITH_CHANCE, num_pixels=12), self.device, training.precision)
+        self.steps = learning.optimizer(self.cnn, training)
+        self.step = learning.Step(self.cnn, self.cnn, self.steps, precision=training.precision, graph=graph)
+
+    def epoch(self, epoch: int, first: int = 0, seeded: bool = True) -> list[float]:
+        """Return the errors of an epoch's steps, from one on."""
+        learning.set_learning_rate(self.steps, self.training, epoch)
+        if seeded:
+            torch.manual_seed(epoch)
+        return torch.stack(list(learning.train_epoch(self.step, self.batches(first)))).tolist()
+
+    def batches(self, first: int) -> Iterator[learning.Batch]:
+        """Sixteen images a step, in one step fifteen, and seven in the last."""
+        data = block(102)
+        bounds = [0, 16, 31, 47, 63, 79, 95, 102]
+        for start, end in list(pairwise(bounds))[first:]:
+            rows = learning.Block(*(column.to(self.device) for column in data.take(slice(start, end))))
+            yield learning.Batch(rows, 1 / (end - start))
+
+
+@pytest.fixture
+def to_the_digit(monkeypatch) -> None:
+    """As in the workers: cuDNN adds in a fixed order."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adam", "nadam"])
+def test_a_training_goes_on_from_a_checkpoint_to_the_digit(tmp_path, to_the_digit, device, precision, optimizer):
+    """Weights, moments and random numbers are in it, wherever they were, and captured steps begin anew."""
+    training = TRAINING.override({"precision": precision, "optimizer": optimizer})
+    whole, begun = (Trained(device, graph=device == "cuda", training=training) for _ in range(2))
+    errors = [whole.epoch(epoch) for epoch in (1, 2, 3)]
+    for epoch in (1, 2):
+        begun.epoch(epoch)
+    learning.set_learning_rate(begun.steps, training, 3)
+    torch.manual_seed(3)
+    first = [begun.step(batch).item() for _, batch in zip(range(4), begun.batches(0), strict=False)]
+    checkpoint.save(str(tmp_path), begun.cnn, begun.steps, Position(world_size=1, step=4))
+    checkpoint.save_random_state(str(tmp_path), 0)
+    torch.manual_seed(99)
+
+    resumed = Trained(device, graph=device == "cuda", training=training)
+    position = checkpoint.restore(str(tmp_path), resumed.cnn, resumed.steps, rank=0, world_size=1)
+    rest = resumed.epoch(3, position.step, seeded=False)
+
+    assert first + rest == errors[2]
+    for name, value in whole.cnn.state_dict().items():
+        assert torch.equal(value, resumed.cnn.state_dict()[name]), name
+
+
+def test_a_checkpoint_holds_weights_and_moments_whatever_their_layout(tmp_path):
+    """A fused optimiser reads a moment in the order of its parameter's memory, and safetensors know one order only."""
+    torch.manual_seed(0)
+    cnn, other = (network("n-cnn", WITH_CHANCE, num_pixels=12).to(memory_format=torch.channels_last) for _ in "ab")
+    steps, others = (learning.optimizer(one, TRAINING) for one in (cnn, other))
+    batch = learning.Batch(block(8), 1 / 8)
+    take, take_other = learning.Step(cnn, cnn, steps), learning.Step(other, other, others)
+    for _ in range(3):
+        take(batch)
+
+    checkpoint.save(str(tmp_path), cnn, steps, Position(world_size=1))
+    checkpoint.restore(str(tmp_path), other, others, rank=0, world_size=1)
+
+    assert not cnn.features[5].weight.is_contiguous()
+    errors = []
+    for step in (take, take_other):
+        torch.manual_seed(1)
+        errors.append([step(batch).item() for _ in range(3)])
+    assert errors[0] == errors[1]
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adam", "nadam"])
+def test_captured_steps_are_the_steps(to_the_digit, precision, optimizer):
+    """The same dropout, rates and updates, whatever number of images a step has, over epochs; only sooner."""
+    training = TRAINING.override({"precision": precision, "optimizer": optimizer})
+    captured, eager = (Trained("cuda", graph=graph, training=training) for graph in (True, False))
+
+    errors = [[one.epoch(epoch) for epoch in (1, 2, 3)] for one in (captured, eager)]
+
+    torch.testing.assert_close(torch.tensor(errors[0]), torch.tensor(errors[1]), rtol=1e-3, atol=0)
+    for name, value in eager.cnn.state_dict().items():
+        torch.testing.assert_close(captured.cnn.state_dict()[name], value, rtol=1e-2, atol=1e-3, msg=name)
+
+
+@needs_gpu
+def test_a_captured_step_takes_a_new_learning_rate():
+    """A rate that was captured as a number would stay for ever."""
+    trained = Trained("cuda", graph=True)
+    trained.epoch(1)
+    before = trained.cnn.head.weight.clone()
+
+    trained.epoch(2)
+    between = trained.cnn.head.weight.clone()
+    trained.epoch(TRAINING.num_epochs + 1)  # the cosine's end, where the rate is zero
+
+    assert not torch.equal(before, between)
+    assert torch.equal(between, trained.cnn.head.weight)
 
 
 def test_the_learning_rate_follows_its_schedule():

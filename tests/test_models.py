@@ -120,3 +120,13 @@ def test_card_with_an_unknown_field_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="there is no surprise"):
         models.read_card(str(tmp_path), "n-cnn")
+
+
+def test_a_card_from_before_a_setting_existed_is_read(tmp_path):
+    """`training.precision` came later, and what was trained before was trained as its default says."""
+    models.save(str(tmp_path), b"", card())
+    values = json.loads((tmp_path / "model.json").read_text())
+    del values["training"]["precision"]
+    (tmp_path / "model.json").write_text(json.dumps(values))
+
+    assert models.read_card(str(tmp_path), "n-cnn") == card()

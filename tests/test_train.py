@@ -73,6 +73,20 @@ def test_resumed_training_equals_uninterrupted_training(whole, data, tmp_path, r
     assert losses == [(record["train_loss"], record["validation_loss"]) for record in history(whole)]
 
 
+def test_a_run_trains_in_the_precision_that_it_is_told(whole, data, tmp_path, ray_cluster):
+    """The losses are others than those of float32, but not by much; and the run says so, and goes on in no other."""
+    run, network = str(tmp_path / "run"), NETWORK.override({"training.precision": "bfloat16"})
+
+    train.train("n-cnn", network, run, data=data, recipe="tiny")
+
+    losses, others = ([record["train_loss"] for record in history(of)[:2]] for of in (run, whole))
+    assert losses != others
+    assert losses == pytest.approx(others, rel=0.1)
+    assert models.read_card(run, "n-cnn").training.precision == "bfloat16"
+    with pytest.raises(ValueError, match=r'training\.precision is "bfloat16" there and "float32" here'):
+        train.train("n-cnn", NETWORK, run, data=data, recipe="tiny", resume=True)
+
+
 def test_a_run_knows_what_all_of_it_cost_and_a_call_what_it_did(data, tmp_path, ray_cluster):
     """A run that was interrupted ten times did not cost what its last hour did."""
     run = str(tmp_path / "run")
