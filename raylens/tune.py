@@ -126,13 +126,13 @@ def tune(
     campaigns.write(campaign, record)
 
     proposals = searches.proposals(searcher, search, possible, record.reference)
-    watch = _Watch(campaign, record, proposals, progress, slots)
+    watch = _Watch(campaign, record, proposals, progress, slots, started)
     watch.take_up(scheduler)
     if watch.num_open:
         images = _read.remote(data.parts, validation.parts if validation else None, held_out, card.target)
         ray.wait([images], fetch_local=False)
         _run(watch, scheduler, card=card, images=images)
-    return _finish(watch, data, started)
+    return _finish(watch, data)
 
 
 def _begun(campaign: str, record: Campaign) -> Campaign:
@@ -264,7 +264,7 @@ def _remove_folder(file_system: Any, path: str) -> None:
         file_system.delete_dir(path)
 
 
-def _finish(watch: _Watch, data: Dataset, started: float) -> Tuned:
+def _finish(watch: _Watch, data: Dataset) -> Tuned:
     watch.finish()
     campaign, record = watch.campaign, watch.record
     failed = [trial for trial in record.trials if trial.status == "failed"]
@@ -281,7 +281,7 @@ def _finish(watch: _Watch, data: Dataset, started: float) -> Tuned:
         reference_rank=record.reference_rank(),
         recipe=recipe,
         command=f"raylens train {record.search.network} --data {data.uri} --recipe {recipe} --to RUN",
-        seconds=time.time() - started,
+        seconds=record.seconds - watch.before[0],
         cpu_seconds=watch.trained * watch.slots.resources["CPU"],
         gpu_seconds=watch.trained * watch.slots.resources.get("GPU", 0.0),
         num_slots=watch.slots.num,
@@ -395,11 +395,16 @@ class _Watch(ray.tune.Callback):
     """Begins the trials, sees how they go, and keeps the record."""
 
     def __init__(
-        self, campaign: str, record: Campaign, proposals: searches.Proposals, progress: Progress, slots: _Slots
+        self,
+        campaign: str,
+        record: Campaign,
+        proposals: searches.Proposals,
+        progress: Progress,
+        slots: _Slots,
+        started: float,
     ) -> None:
         self.campaign, self.record, self.proposals = campaign, record, proposals
-        self.progress, self.slots = progress, slots
-        self.started = time.time()
+        self.progress, self.slots, self.started = progress, slots, started
         self.before = record.seconds, record.cpu_seconds, record.gpu_seconds
         self.trials = {trial.id: trial for trial in record.trials}
         self.waiting = [trial.id for trial in record.trials if trial.status == "running"]

@@ -195,7 +195,8 @@ def test_a_campaign_that_goes_on_knows_how_others_did(data, tmp_path, ray_cluste
     campaign = str(tmp_path / "campaign")
     searched = space(epochs=(1, 4), learning_rate=[1e-5, 1e-2], batch_size=[16], num_layers=[1], filters=[4, 8])
     first = tune.tune(searched, campaign, data=data, searcher="asha", num_trials=4)
-    watch = tune._Watch(campaign, read(campaign), search.Listed([]), lambda record: None, tune._Slots(1, {"CPU": 1.0}))
+    slots = tune._Slots(1, {"CPU": 1.0})
+    watch = tune._Watch(campaign, read(campaign), search.Listed([]), lambda record: None, slots, time.time())
     scheduler = tune._scheduler("asha", searched)
 
     watch.take_up(scheduler)
