@@ -41,6 +41,8 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting, e.g. lens.theta_E=1.2")
 ]
 To = Annotated[str, typer.Option("--to", help="where to: a local path or s3://bucket/prefix", show_default=False)]
+NCNN = Annotated[str, typer.Option("--n-cnn", help="the run of an N-CNN", show_default=False)]
+AlphaCNN = Annotated[str, typer.Option("--alpha-cnn", help="the run of an alpha-CNN", show_default=False)]
 Data = Annotated[str, typer.Option("--data", help="the dataset to train on", show_default=False)]
 
 
@@ -219,19 +221,35 @@ def _cure(dataset: str, wrong: list[str]) -> str:
 
 @app.command()
 def export(
-    dataset: Annotated[str, typer.Argument(help="the dataset", show_default=False)],
-    index: Annotated[
-        str,
-        typer.Option(
-            "--index", metavar="A:B", help="from A up to but not with B; A:, :B, or A alone", show_default=False
-        ),
+    source: Annotated[
+        str, typer.Argument(metavar="DATASET|RUN", help="a dataset, or the run of a network", show_default=False)
     ],
-    to: Annotated[str, typer.Option("--to", help="the file, ending in .fits", show_default=False)],
+    to: Annotated[
+        str, typer.Option("--to", help="the file: .fits for images, .onnx for a network", show_default=False)
+    ],
+    index: Annotated[
+        str | None,
+        typer.Option(
+            "--index",
+            metavar="A:B",
+            help="which images: from A up to but not with B; A:, :B, or A alone",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Write some images of a dataset to a FITS file, with coordinates and the truth in their headers."""
+    """Write images of a dataset to a FITS file, with coordinates and the truth, or a network to an ONNX file."""
+    if to.endswith(".onnx"):
+        if index is not None:
+            raise typer.BadParameter("--index is for images; a network is exported as a whole.")
+        from raylens import onnx_model
+
+        _finish(**asdict(onnx_model.export(source, to)))
+        return
+    if index is None:
+        raise typer.BadParameter("images need --index A:B, which says which; a network goes to a file ending in .onnx.")
     from raylens import export as exports
 
-    _finish(**asdict(exports.export(dataset, to, index=index)))
+    _finish(**asdict(exports.export(source, to, index=index)))
 
 
 @app.command()
@@ -257,13 +275,9 @@ def train(
     workers = _workers(num_workers)
     from raylens import dataset as datasets
 
-    name = recipe or datasets.read_plan(storage.absolute(data)).recipe
-    if not recipe and name not in recipes.RECIPES:
-        raise ValueError(
-            f"{data} was made from a recipe file, {name}, which also says how to train; pass it with --recipe FILE, "
-            "or --recipe paper-fixed for the paper's settings."
-        )
-    experiment = recipes.load(name)
+    if not recipe:
+        datasets.read_plan(storage.absolute(data))  # or the error would be about recipes
+    experiment = recipes.load_with_networks(recipe or data)
     chosen = experiment.n_cnn if network == "n-cnn" else experiment.alpha_cnn
     changes = _changes(settings)
     for key in changes:
@@ -337,9 +351,34 @@ def tune(
 
 
 @app.command()
+def predict(
+    n_cnn: NCNN,
+    alpha_cnn: AlphaCNN,
+    images: Annotated[
+        str,
+        typer.Option("--images", help="a dataset, or a file or folder of FITS, .npy or Parquet", show_default=False),
+    ],
+    to: Annotated[str, typer.Option("--to", help="the predictions, a .parquet file", show_default=False)],
+) -> None:
+    """Predict N and alpha of any images with two trained networks; those that cannot be are skipped, and said."""
+    from raylens import predict as prediction
+
+    predicted = prediction.predict(images, to, n_cnn=n_cnn, alpha_cnn=alpha_cnn, progress=_Meter("predict", "files"))
+    for image in predicted.skipped:
+        _say(f"skipped: number {image['number']} in {image['file']}: {image['reason']}")
+    if predicted.num_skipped > len(predicted.skipped):
+        _say(f"and {predicted.num_skipped - len(predicted.skipped):,} more; the column `skipped` says which and why")
+    if predicted.num_ignored:
+        _say(f"{predicted.num_ignored:,} other files are left aside")
+    if predicted.num_without_pixel_scale:
+        _say(f"{predicted.num_without_pixel_scale:,} images state no pixel scale, and are taken at the networks'")
+    _finish(**asdict(predicted))
+
+
+@app.command()
 def evaluate(
-    n_cnn: Annotated[str, typer.Option("--n-cnn", help="the run of an N-CNN", show_default=False)],
-    alpha_cnn: Annotated[str, typer.Option("--alpha-cnn", help="the run of an alpha-CNN", show_default=False)],
+    n_cnn: NCNN,
+    alpha_cnn: AlphaCNN,
     data: Annotated[
         list[str], typer.Option("--data", help="a dataset to test on; may be repeated", show_default=False)
     ],
@@ -384,7 +423,7 @@ def report(
 @app.command()
 def reproduce(recipe: Recipe, to: To) -> None:
     """Do all of it: simulate, train both networks, evaluate, report; what stands is skipped."""
-    experiment = recipes.load(recipe)
+    experiment = recipes.load_with_networks(recipe)
     from raylens import reproduce as reproduction
 
     def begin(stage: str) -> _Meter | _Epochs:
@@ -448,28 +487,46 @@ class _Meter:
         since, before = self.lately[0] if len(self.lately) > 1 and done < total else (self.begun, 0)
         rate = (done - before) / (now - since)
         left = f"{_duration((total - done) / rate)} left" if done < total and rate else f"in {_duration(now - since)}"
-        line = f"{self.stage:24} {done:9,} of {total:,} {self.unit}  {detail}  {rate:9,.0f}/s  {left}"
+        digits = 0 if rate >= 10 else 2  # files may take seconds each
+        line = f"{self.stage:24} {done:9,} of {total:,} {self.unit}  {detail}  {rate:9,.{digits}f}/s  {left}"
         end = "\n" if done == total or not self.live else ""
         print(f"\r\x1b[K{line}" if self.live else line, end=end, file=sys.stderr, flush=True)
 
 
 class _Epochs:
-    """Tells of each epoch on standard error."""
+    """Tells of a training on standard error: a table that grows by a line with each epoch."""
+
+    _COLUMNS = ("loss", "validation", "RMSE", "gradient", "bias", "images/s", "waiting")
 
     def __init__(self, network: str, num_epochs: int) -> None:
         self.network, self.num_epochs = network, num_epochs
+        self.begun = False
 
     def __call__(self, record: dict[str, Any]) -> None:
         if _Talk.quiet:
             return
-        left = record["seconds"] * (self.num_epochs - record["epoch"])
-        print(
-            f"{self.network:10} epoch {record['epoch']} of {self.num_epochs}  loss {record['train_loss']:.4f}  "
-            f"validation: loss {record['validation_loss']:.4f}, RMSE {record['validation_rmse']:.4g}, "
-            f"gradient {_number(record['validation_gradient'], '.3f')}  "
-            f"{record['images_per_second']:,.0f} images/s  {_duration(left)} left",
-            file=sys.stderr,
+        epoch = f"{record['epoch']} of {self.num_epochs}"
+        if not self.begun:
+            self.begun = True
+            first = f"; first batch after {_duration(record['elapsed'] - record['seconds'])}"
+            print(
+                f"{self.network:10} workers: {record['num_workers']}, threads of each: {record['num_threads']}, "
+                f"images: {record['share']}{first if record['epoch'] == 1 else ''}\n"
+                f"{'':10} {'epoch':>11} {' '.join(f'{name:>10}' for name in self._COLUMNS)}  time left",
+                file=sys.stderr,
+            )
+        values = (
+            f"{record['train_loss']:.4f}",
+            f"{record['validation_loss']:.4f}",
+            f"{record['validation_rmse']:.4g}",
+            _number(record["validation_gradient"], ".3f"),
+            f"{record['validation_bias']:+.3g}",
+            f"{record['images_per_second']:,.0f}",
+            f"{record['waiting']:.1%}",
         )
+        left = _duration(record["seconds"] * (self.num_epochs - record["epoch"]))
+        told = " ".join(f"{value:>10}" for value in values)
+        print(f"{self.network:10} {epoch:>11} {told}  {left}", file=sys.stderr, flush=True)
 
 
 class _Leaderboard:

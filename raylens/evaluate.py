@@ -50,19 +50,14 @@ def evaluate(
     Raises
     ------
     ValueError
-        If the images of a test set are not of the networks' size.
+        If the images of a test set are not as those that the networks were trained on, in size, scale or units.
     """
     started = time.perf_counter()
     n_cnn, alpha_cnn = storage.absolute(n_cnn), storage.absolute(alpha_cnn)
     n_card, alpha_card = models.read_card(n_cnn, "n-cnn"), models.read_card(alpha_cnn, "alpha-cnn")
-    for data in test_sets:
-        for card, run in ((n_card, n_cnn), (alpha_card, alpha_cnn)):
-            if card.num_pixels != data.num_pixels:
-                raise ValueError(
-                    f"the {card.network} in {run} takes images of {card.num_pixels} x {card.num_pixels} pixels; "
-                    f"those of {data.uri} have {data.num_pixels} x {data.num_pixels}."
-                )
-    predictions, cpu_seconds = predict.predict(test_sets, n_cnn=n_cnn, alpha_cnn=alpha_cnn, progress=progress)
+    predictions, cpu_seconds = predict.predict_with_truth(
+        test_sets, n_cnn=n_cnn, alpha_cnn=alpha_cnn, progress=progress
+    )
     entries = [
         _evaluate_one(data, columns, n_card, alpha_card, true_n)
         for data, columns in zip(test_sets, predictions, strict=True)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from raylens.config import Precision, Training
 from raylens.models import CNN
 
-_NUM_AT_ONCE = 512  # images in a pass without gradients
+# Images in a pass without gradients; on a CPU the layers of more would not stay in its caches.
+_NUM_AT_ONCE_GPU, _NUM_AT_ONCE_CPU = 512, 64
 _NUM_STEPS_BEFORE_CAPTURE = 3  # in which libraries choose their kernels, and the optimiser makes its state
 
 
@@ -191,7 +192,8 @@ def train_epoch(step: Step, batches: Iterable[Batch]) -> Iterator[Tensor]:
 def predict(network: CNN, image_BHW: Tensor, num_subhalos_B: Tensor) -> Tensor:
     """Return the predicted target (B,) in the units of the dataset."""
     network.eval()
-    pairs = zip(image_BHW.split(_NUM_AT_ONCE), num_subhalos_B.split(_NUM_AT_ONCE), strict=True)
+    num_at_once = _NUM_AT_ONCE_GPU if image_BHW.is_cuda else _NUM_AT_ONCE_CPU
+    pairs = zip(image_BHW.split(num_at_once), num_subhalos_B.split(num_at_once), strict=True)
     return torch.cat([network.in_units(network(image, num_subhalos)) for image, num_subhalos in pairs])
 
 

@@ -11,6 +11,7 @@ Tensors: B images, C channels, H rows, W columns, F features.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, Literal
 
 import safetensors.torch
@@ -25,6 +26,8 @@ NetworkName = Literal["n-cnn", "alpha-cnn"]
 
 # What each network predicts: a column of a dataset.
 TARGETS: dict[NetworkName, str] = {"n-cnn": "num_subhalos", "alpha-cnn": "alpha"}
+
+PIXEL_SCALE_TOLERANCE = 1e-3  # relative; over a frame of a thousand pixels it is one of them
 
 _ACTIVATIONS = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
@@ -51,6 +54,8 @@ class Card(Settings):
     target: str
     loss: Literal["mse"] = "mse"  # of the standardised target
     num_pixels: int = Field(ge=1, le=4096)
+    pixel_scale: float = Field(gt=0)  # of the images it was trained on [arcsec]
+    normalised: bool  # whether those were scaled to minimum 0 and maximum 1
     num_parameters: int
     model: Model
     training: Training
@@ -143,8 +148,8 @@ def save(run: str, weights: bytes, card: Card) -> None:
     storage.write(storage.join(run, "model.json"), json.dumps(card.as_dict(), indent=1) + "\n")
 
 
-def read_card(run: str, network: NetworkName) -> Card:
-    """Return what is known of the trained network in a run.
+def read_card(run: str, network: NetworkName | None = None) -> Card:
+    """Return what is known of the trained network in a run; of either, where none is asked for.
 
     Raises
     ------
@@ -153,14 +158,70 @@ def read_card(run: str, network: NetworkName) -> Card:
     """
     place = storage.join(run, "model.json")
     if not storage.exists(place):
-        raise ValueError(f"{run} holds no trained network; `raylens train {network} --to {run}` makes one.")
+        which = network or "n-cnn"
+        raise ValueError(f"{run} holds no trained network; `raylens train {which} --to {run}` makes one.")
     try:
         card = Card.parse(json.loads(storage.read(place)))
     except ValueError as error:
         raise ValueError(f"{place} does not describe a network: {error}") from None
-    if card.network != network:
+    if network not in (None, card.network):
         raise ValueError(f"{run} holds an {card.network}, where an {network} is needed.")
     return card
+
+
+def require_fit(
+    card: Card, *, shape: tuple[int, int], pixel_scale: float | None = None, normalised: bool | None = None
+) -> None:
+    """Refuse images that are not like those on which a network was trained.
+
+    Parameters
+    ----------
+    shape
+        Rows and columns of an image.
+    pixel_scale
+        In arcsec; None where the images do not state one, which is no reason to refuse them.
+    normalised
+        Whether the images have been scaled to minimum 0 and maximum 1; None where that is not known.
+        It matters to a network that was trained on others: for it what is lost cannot be brought back.
+
+    Raises
+    ------
+    ValueError
+        With what the network was trained on, what these images are, and what to do.
+    """
+    n = card.num_pixels
+    if shape != (n, n):
+        raise ValueError(
+            f"the {card.network} was trained on images of {n} x {n} pixels, and these have {shape[1]} x {shape[0]}; "
+            "cut them to that size, or train on such images."
+        )
+    if pixel_scale is not None and not math.isclose(pixel_scale, card.pixel_scale, rel_tol=PIXEL_SCALE_TOLERANCE):
+        raise ValueError(
+            f"the {card.network} was trained on pixels of {card.pixel_scale:g} arcsec, and these have {pixel_scale:g} "
+            f"(a difference of {PIXEL_SCALE_TOLERANCE:.1%} would do); resample them, or train on such images."
+        )
+    if not card.normalised and normalised is not False:
+        what = "these have been" if normalised else "of these it is not known in which units they are"
+        raise ValueError(
+            f"the {card.network} was trained on images that were not normalised, and {what}; give it a dataset with "
+            "camera.normalise=false, or a FITS or Parquet file of one, or train on normalised images."
+        )
+
+
+def require_same_images(n_cnn: Card, alpha_cnn: Card) -> None:
+    """Refuse two networks that were not trained on images of one size, scale and normalisation."""
+    there, here = (
+        f"{card.num_pixels} x {card.num_pixels} pixels of {card.pixel_scale:g} arcsec, "
+        f"{'' if card.normalised else 'not '}normalised"
+        for card in (n_cnn, alpha_cnn)
+    )
+    same_scale = math.isclose(n_cnn.pixel_scale, alpha_cnn.pixel_scale, rel_tol=PIXEL_SCALE_TOLERANCE)
+    same = (n_cnn.num_pixels, n_cnn.normalised) == (alpha_cnn.num_pixels, alpha_cnn.normalised)
+    if not (same and same_scale):
+        raise ValueError(
+            f"the two networks were trained on different images: the n-cnn on {there}, the alpha-cnn on {here}; "
+            "take two of one kind."
+        )
 
 
 def load(run: str, network: NetworkName) -> CNN:

@@ -87,16 +87,36 @@ def load(recipe: str) -> Experiment:
     raise ValueError(f"{recipe} is no recipe, no .toml or .json file and no dataset; {hint}")
 
 
+def load_with_networks(recipe: str) -> Experiment:
+    """Return the experiment that a recipe describes, if it says which networks to train.
+
+    Raises
+    ------
+    ValueError
+        If it does not: a dataset made from a recipe file knows the name of that alone.
+    """
+    experiment = load(recipe)
+    if may_be_dataset(recipe) and experiment.name not in RECIPES:
+        raise ValueError(
+            f"{recipe} was made from a recipe file, {experiment.name}, which also says how to train: `raylens train "
+            "--recipe FILE`, `raylens reproduce FILE`. With --recipe paper-fixed it is trained as in the paper."
+        )
+    return experiment
+
+
 def may_be_dataset(recipe: str) -> bool:
     """Return whether a recipe can only be a dataset, being no name and no file."""
     return recipe not in RECIPES and not recipe.endswith((".toml", ".json"))
 
 
 def _from_dataset(plan: str) -> Experiment:
-    """Return the experiment whose simulation a dataset holds, with as many images of its split."""
+    """Return the recipe by which a dataset was made, with its simulation and as many images of its split."""
     try:
         values = json.loads(storage.read(plan))
-        experiment = Experiment(name=values["recipe"], simulation=Simulation.parse(values["simulation"]))
+        experiment = RECIPES.get(values["recipe"], Experiment)()
+        experiment = experiment.model_copy(
+            update={"name": values["recipe"], "simulation": Simulation.parse(values["simulation"])}
+        )
         return experiment.override({f"num_images.{NumImages.field_of(values['split'])}": values["num_images"]})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{plan} is not a dataset's: it lacks {error}.") from None

@@ -258,12 +258,16 @@ def read(uri: str, columns: list[str]) -> pa.Table:
     Raises
     ------
     OSError
-        If a page of them is not what its checksum says.
+        If it cannot be read, or a page of them is not what its checksum says.
     ValueError
         If it has no such columns.
     """
     file_system, path = storage.arrow_file_system(uri)
-    table = pq.read_table(path, columns=columns, filesystem=file_system, page_checksum_verification=True)
+    try:
+        table = pq.read_table(path, columns=columns, filesystem=file_system, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        reason, folder = " ".join(str(error).split()).rstrip("."), uri.rpartition("/")[0]
+        raise OSError(f"{uri} cannot be read: {reason}. `raylens verify {folder}` checks every shard.") from error
     missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise ValueError(f"{uri} has no column {missing[0]}, so another schema wrote it.")

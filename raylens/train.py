@@ -286,6 +286,8 @@ def untrained(
         network=name,
         target=models.TARGETS[name],
         num_pixels=data.num_pixels,
+        pixel_scale=data.plan.simulation.camera.pixel_scale,
+        normalised=data.plan.simulation.camera.normalise,
         num_parameters=0,
         model=network.model,
         training=network.training,

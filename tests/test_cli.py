@@ -45,11 +45,12 @@ def half(data, tmp_path) -> str:
     return str(uri)
 
 
-def make_run(run: Path, network: str, num_pixels: int) -> str:
+def make_run(run: Path, network: str, num_pixels: int, *, pixel_scale: float = 0.75, normalised: bool = True) -> str:
     """Write a run with a network that nobody trained."""
     scaling = models.Scaling(mean=1.0, sd=2.0)
     card = models.Card(
-        network=network, target=models.TARGETS[network], num_pixels=num_pixels, num_parameters=1,
+        network=network, target=models.TARGETS[network], num_pixels=num_pixels, pixel_scale=pixel_scale,
+        normalised=normalised, num_parameters=1,
         model=Model(filters=(4,), kernel_size=3, dense=8), training=Training(), target_scaling=scaling,
         num_subhalos_scaling=scaling,
         baselines=models.Baselines(constant=1.0, num_subhalos=[1.0], target_of_num_subhalos=[1.0]),
@@ -68,6 +69,11 @@ def make_run(run: Path, network: str, num_pixels: int) -> str:
 
 SIMULATE = ("simulate", "smoke", "--to", "{root}")
 TRAIN = ("train", "n-cnn", "--recipe", "smoke")
+PREDICT = ("predict", "--n-cnn", "{root}/n8", "--alpha-cnn", "{root}/a8")
+EVALUATE_9, EVALUATE_COARSE, EVALUATE_RAW = (
+    ("evaluate", "--n-cnn", f"{{root}}/n{kind}", "--alpha-cnn", f"{{root}}/a{kind}", "--to", "{root}/r.json")
+    for kind in ("9", "c8", "r8")
+)
 EVALUATE = ("evaluate", "--alpha-cnn", "{root}/a8", "--to", "{root}/r.json")
 
 
@@ -116,7 +122,41 @@ EVALUATE = ("evaluate", "--alpha-cnn", "{root}/a8", "--to", "{root}/r.json")
         ),
         (
             (*EVALUATE, "--n-cnn", "{root}/n9", "--data", "{data}"),
-            r"n9 takes images of 9 x 9 pixels; those of .* have 8 x 8",
+            r"the two networks were trained on different images: the n-cnn on 9 x 9 .*, the alpha-cnn on 8 x 8",
+        ),
+        (
+            (*EVALUATE_9, "--data", "{data}"),
+            r"n9 cannot predict .*: the n-cnn was trained on images of 9 x 9 pixels, and these have 8 x 8",
+        ),
+        (
+            (*EVALUATE_COARSE, "--data", "{data}"),
+            r"c8 cannot predict .*: the n-cnn was trained on pixels of 0\.8 arcsec, and these have 0\.75",
+        ),
+        (
+            (*EVALUATE_RAW, "--data", "{data}"),
+            r"r8 cannot predict .*: the n-cnn was trained on images that were not normalised, and these have been",
+        ),
+        ((*PREDICT, "--images", "{half}", "--to", "{root}/p.parquet"), r"4 of 5 shards and no manifest"),
+        ((*PREDICT, "--images", "{data}", "--to", "{root}/p.csv"), r"must end in \.parquet; got .*p\.csv"),
+        ((*PREDICT, "--images", "{data}", "--to", "{data}/p.parquet"), r"lies among the images"),
+        ((*PREDICT, "--images", "{root}/i.npy", "--to", "{root}/p.parquet"), r"i\.npy: there is no such file"),
+        ((*PREDICT, "--images", "{root}/none", "--to", "{root}/p.parquet"), r"no such folder, or nothing in it; give"),
+        ((*PREDICT, "--images", "{root}", "--to", "{root}/p/p.parquet"), r"files of other kinds only; .*\.npy"),
+        ((*PREDICT, "--images", "{data}", "--to", "{root}/notes.toml/p.parquet"), r"notes\.toml cannot be written"),
+        (
+            (*PREDICT[:3], "--alpha-cnn", "{root}/n8", "--images", "{data}", "--to", "{root}/p.parquet"),
+            r"n8 holds an n-cnn, where an alpha-cnn is needed",
+        ),
+        (("export", "{root}", "--to", "{root}/n.onnx"), r"holds no trained network; `raylens train n-cnn"),
+        (("export", "{root}/n8", "--to", "{root}/notes.toml/n.onnx"), r"notes\.toml cannot be written"),
+        (("export", "{root}/n8", "--index", ":", "--to", "{root}/n.fits"), r"is no dataset"),
+        (
+            ("train", "n-cnn", "--data", "{data}", "--recipe", "{data}", "--to", "{root}/run"),
+            r"from a recipe file, tiny, which also says how to train: `raylens train --recipe FILE`",
+        ),
+        (
+            ("reproduce", "{data}", "--to", "{root}/all"),
+            r"from a recipe file, tiny, .*`raylens reproduce FILE`",
         ),
         (
             (*EVALUATE, "--n-cnn", "{root}/a8", "--data", "{data}"),
@@ -139,8 +179,11 @@ EVALUATE = ("evaluate", "--alpha-cnn", "{root}/a8", "--to", "{root}/r.json")
 def test_bad_input_is_one_line_that_says_what_to_do(main, data, half, tmp_path, words, advice):
     """And nothing half-made is left, which a later run would take for its own."""
     root = tmp_path / "root"
-    for name, network, num_pixels in (("n8", "n-cnn", 8), ("n9", "n-cnn", 9), ("a8", "alpha-cnn", 8)):
-        make_run(root / name, network, num_pixels)
+    for letter, network in (("n", "n-cnn"), ("a", "alpha-cnn")):
+        make_run(root / f"{letter}8", network, 8)
+        make_run(root / f"{letter}9", network, 9)
+        make_run(root / f"{letter}c8", network, 8, pixel_scale=0.8)
+        make_run(root / f"{letter}r8", network, 8, normalised=False)
     (root / "notes.toml").write_text("not a recipe")
     before = standing(tmp_path)
 
@@ -164,6 +207,9 @@ def test_bad_input_is_one_line_that_says_what_to_do(main, data, half, tmp_path, 
         (("train", "q-cnn", "--data", "d", "--to", "{root}"), r"the networks are n-cnn and alpha-cnn"),
         (("train", "n-cnn", "--data", "d", "--to", "{root}", "--num-workers", "0"), r"--num-workers"),
         (("evaluate", "--to", "{root}"), r"--n-cnn"),
+        (("predict", "--images", "{root}", "--to", "{root}/p.parquet"), r"--n-cnn"),
+        (("export", "d", "--to", "{root}/some.fits"), r"images need --index A:B, .* ending in \.onnx"),
+        (("export", "r", "--index", "0", "--to", "{root}/n.onnx"), r"a network is exported as a whole"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )  # fmt: skip
@@ -289,6 +335,7 @@ def test_each_verb_ends_with_one_json_line_that_names_what_it_made(main, data, t
     n_cnn, alpha_cnn = make_run(tmp_path / "n", "n-cnn", 8), make_run(tmp_path / "a", "alpha-cnn", 8)
     made = f"{root}/tiny-train-{tiny.digest}"
     results, report = str(tmp_path / "results.json"), str(tmp_path / "report.html")
+    predictions, onnx = str(tmp_path / "predictions.parquet"), str(tmp_path / "n.onnx")
     expected = {
         ("--version",): {},
         ("recipes",): {"recipes": list(recipes.RECIPES)},
@@ -298,6 +345,12 @@ def test_each_verb_ends_with_one_json_line_that_names_what_it_made(main, data, t
         ("verify", made): {"dataset": made, "sound": True, "wrong": []},
         ("evaluate", "--n-cnn", n_cnn, "--alpha-cnn", alpha_cnn, "--data", data, "--to", results): {"results": results},
         ("report", results, "--to", report): {"report": report},
+        ("predict", "--n-cnn", n_cnn, "--alpha-cnn", alpha_cnn, "--images", data, "--to", predictions): {
+            "predictions": predictions,
+            "num_images": 20,
+            "num_skipped": 0,
+        },
+        ("export", n_cnn, "--to", onnx): {"onnx": onnx, "network": "n-cnn"},
         ("doctor",): {},
     }
 
@@ -315,7 +368,7 @@ def test_progress_goes_to_standard_error_with_rate_and_time(main, tiny, tmp_path
     """Standard output is for results."""
     ran = main("simulate", write_recipe(tmp_path / "tiny.json", tiny), "--to", str(tmp_path), "--num-images", "6")
 
-    assert re.search(r"^simulate train +6 of 6 images +1 of 1 shards +[\d,]+/s +in \d+ s$", ran.stderr, re.MULTILINE)
+    assert re.search(r"^simulate train +6 of 6 images +1 of 1 shards +[\d,.]+/s +in \d+ s$", ran.stderr, re.MULTILINE)
     assert len(ran.stdout.splitlines()) == 2
     assert "1 made, 0 stood already" in ran.stdout
 
@@ -336,6 +389,21 @@ def test_what_show_prints_is_a_recipe_file(main, tmp_path, recipe):
 def test_a_dataset_is_a_recipe_too(main, data, tiny):
     """So that more of the same can be made without the file that began it."""
     assert main("show", data).facts["digest"] == tiny.digest
+
+
+def test_a_dataset_trains_as_the_recipe_of_its_name_does(main, make_dataset, tiny, tmp_path):
+    """Its plan holds no networks; the paper's in their place would train for hours what smoke trains in minutes."""
+    uri = Path(make_dataset(tmp_path, tiny, num_images=6))
+    plan = json.loads((uri / "dataset.json").read_text())
+    (uri / "dataset.json").write_text(json.dumps(plan | {"recipe": "smoke"}))
+
+    experiment = recipes.load_with_networks(str(uri))
+
+    smoke = recipes.smoke()
+    assert (experiment.n_cnn, experiment.alpha_cnn) == (smoke.n_cnn, smoke.alpha_cnn)
+    assert experiment.n_cnn != recipes.paper_fixed().n_cnn
+    assert (experiment.name, experiment.simulation, experiment.num_images.train) == ("smoke", tiny, 6)
+    assert experiment.num_images.test == smoke.num_images.test
 
 
 def test_a_dry_run_makes_nothing_and_says_what_would_be(main, half, tiny, tmp_path):

@@ -70,7 +70,8 @@ def test_standardising_is_undone_in_units():
 def card(**changes) -> models.Card:
     experiment = Experiment()
     values = {
-        "network": "n-cnn", "target": "num_subhalos", "num_pixels": 8, "num_parameters": 1,
+        "network": "n-cnn", "target": "num_subhalos", "num_pixels": 8, "pixel_scale": 0.75,
+        "normalised": True, "num_parameters": 1,
         "model": Model(filters=(2,), kernel_size=3), "training": experiment.n_cnn.training,
         "target_scaling": UNSCALED, "num_subhalos_scaling": UNSCALED,
         "baselines": models.Baselines(constant=0.0, num_subhalos=[1.0], target_of_num_subhalos=[0.0]),
@@ -130,3 +131,46 @@ def test_a_card_from_before_a_setting_existed_is_read(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(values))
 
     assert models.read_card(str(tmp_path), "n-cnn") == card()
+
+
+FITTING = {"shape": (8, 8), "pixel_scale": 0.75, "normalised": True}
+
+
+@pytest.mark.parametrize(
+    "there",
+    [{}, {"pixel_scale": None}, {"pixel_scale": 0.75 * (1 + 9e-4)}, {"normalised": False}, {"normalised": None}],
+    ids=str,
+)
+def test_images_like_those_of_training_fit(there):
+    """Rounded headers are not another scale; what is not normalised yet can be."""
+    models.require_fit(card(), **(FITTING | there))
+
+
+@pytest.mark.parametrize(
+    ("there", "reason"),
+    [
+        ({"shape": (8, 9)}, r"trained on images of 8 x 8 pixels, and these have 9 x 8; cut them"),
+        ({"pixel_scale": 0.75 * (1 + 2e-3)}, r"trained on pixels of 0\.75 arcsec, and these have 0\.7515 .*0\.1%"),
+        ({"pixel_scale": 0.2}, r"these have 0\.2 .*resample them"),
+    ],
+)
+def test_images_of_another_size_or_scale_are_refused_with_the_reason(there, reason):
+    """A network answers whatever it is shown; nobody would notice."""
+    with pytest.raises(ValueError, match=reason):
+        models.require_fit(card(), **(FITTING | there))
+
+
+@pytest.mark.parametrize(("normalised", "reason"), [(True, "these have been"), (None, "in which units they are")])
+def test_a_network_of_fluxes_takes_no_image_that_may_be_normalised(normalised, reason):
+    """Its brightness is gone, and cannot be brought back."""
+    with pytest.raises(ValueError, match=f"that were not normalised, and .*{reason}"):
+        models.require_fit(card(normalised=False), **(FITTING | {"normalised": normalised}))
+    models.require_fit(card(normalised=False), **(FITTING | {"normalised": False}))
+
+
+@pytest.mark.parametrize("change", [{"num_pixels": 9}, {"pixel_scale": 0.7}, {"normalised": False}], ids=str)
+def test_networks_of_different_images_do_not_go_together(change):
+    """One of them would be shown what it does not know."""
+    models.require_same_images(card(), card(network="alpha-cnn"))
+    with pytest.raises(ValueError, match="the two networks were trained on different images: the n-cnn on 8 x 8"):
+        models.require_same_images(card(), card(network="alpha-cnn", **change))
