@@ -146,8 +146,8 @@ def test_a_trial_whose_process_is_killed_is_taken_up_again(data, tmp_path, ray_c
 @pytest.mark.parametrize(
     ("searcher", "where"),
     [
-        ("asha", "local"),
         ("asha", "s3"),
+        pytest.param("asha", "local", marks=pytest.mark.slow),
         pytest.param("grid", "local", marks=pytest.mark.slow),
         pytest.param("optuna", "local", marks=pytest.mark.slow),
         pytest.param("pbt", "local", marks=pytest.mark.slow),
