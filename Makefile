@@ -33,6 +33,7 @@ benchmarks: $(STAMP)
 	.venv/bin/python benchmarks/generate.py
 	.venv/bin/python benchmarks/shards.py
 	.venv/bin/python benchmarks/train.py
+	.venv/bin/python benchmarks/tune.py
 
 # Ten thousand, a hundred thousand and a million images: twelve minutes and 15 GB.
 scale: $(STAMP)

@@ -30,14 +30,8 @@ class Position:
 
 def save(folder: str, network: nn.Module, steps: torch.optim.Optimizer, position: Position) -> None:
     """Write what all ranks share."""
-    moments = {
-        f"{parameter}.{name}": value.contiguous()
-        for parameter, state in steps.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
-    safetensors.torch.save_file(weights, os.path.join(folder, "model.safetensors"))
-    safetensors.torch.save_file(moments, os.path.join(folder, "optimizer.safetensors"))
+    safetensors.torch.save_file(_weights(network), os.path.join(folder, "model.safetensors"))
+    safetensors.torch.save_file(_moments(steps), os.path.join(folder, "optimizer.safetensors"))
     with open(os.path.join(folder, "position.json"), "w") as file:
         json.dump(asdict(position), file)
 
@@ -57,15 +51,7 @@ def restore(folder: str, network: nn.Module, steps: torch.optim.Optimizer, *, ra
     begun again, with the weights as they are.
     """
     network.load_state_dict(safetensors.torch.load_file(os.path.join(folder, "model.safetensors")))
-    parameters = [parameter for group in steps.param_groups for parameter in group["params"]]
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in safetensors.torch.load_file(os.path.join(folder, "optimizer.safetensors")).items():
-        number, name = key.split(".")
-        parameter = parameters[int(number)]
-        # A fused optimiser takes a moment's memory to be laid out as its parameter's is.
-        laid_out = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-        moments.setdefault(int(number), {})[name] = laid_out
-    steps.load_state_dict({"state": moments, "param_groups": steps.state_dict()["param_groups"]})
+    _load_moments(steps, safetensors.torch.load_file(os.path.join(folder, "optimizer.safetensors")))
     with open(os.path.join(folder, "position.json")) as file:
         position = Position(**json.load(file))
     if position.step and position.world_size == world_size:
@@ -75,6 +61,52 @@ def restore(folder: str, network: nn.Module, steps: torch.optim.Optimizer, *, ra
             torch.cuda.set_rng_state(states["cuda"])
         return position
     return Position(position.history, world_size)
+
+
+def packed(network: nn.Module, steps: torch.optim.Optimizer, position: Position) -> bytes:
+    """Return what one process needs to go on from the end of an epoch, as one safetensors file."""
+    tensors = {
+        **{f"model.{name}": value for name, value in _weights(network).items()},
+        **{f"optimizer.{name}": value for name, value in _moments(steps).items()},
+    }
+    return safetensors.torch.save(tensors, {"position": json.dumps(asdict(position))})
+
+
+def unpack(content: bytes, network: nn.Module, steps: torch.optim.Optimizer) -> Position:
+    """Load what `packed` returned; return how far it is."""
+    tensors = safetensors.torch.load(content)
+    groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
+    for key, value in tensors.items():
+        group, _, name = key.partition(".")
+        groups[group][name] = value
+    network.load_state_dict(groups["model"])
+    _load_moments(steps, groups["optimizer"])
+    length = int.from_bytes(content[:8], "little")  # of the header, where safetensors keeps what is no tensor
+    return Position(**json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["position"]))
+
+
+def _weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.contiguous() for name, value in network.state_dict().items()}
+
+
+def _moments(steps: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{parameter}.{name}": value.contiguous()
+        for parameter, state in steps.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def _load_moments(steps: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = [parameter for group in steps.param_groups for parameter in group["params"]]
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".")
+        parameter = parameters[int(number)]
+        # A fused optimiser takes a moment's memory to be laid out as its parameter's is.
+        laid_out = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+        moments.setdefault(int(number), {})[name] = laid_out
+    steps.load_state_dict({"state": moments, "param_groups": steps.state_dict()["param_groups"]})
 
 
 def _random_state(folder: str, rank: int) -> str:

@@ -15,11 +15,15 @@ import time
 from collections import deque
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn, Self, TextIO, get_args
 
 import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
 from raylens import __version__, recipes, storage
+from raylens.campaign import Campaign
 from raylens.config import Network as NetworkSettings
 from raylens.config import Simulation, check_key
 
@@ -64,8 +68,8 @@ def main(arguments: list[str] | None = None, out: TextIO | None = None) -> int:
             raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        # Only train takes care not to go on unasked.
-        how = "with --resume" if "train" in words and "--resume" not in words else "again"
+        # Only train and tune take care not to go on unasked.
+        how = "with --resume" if {"train", "tune"} & set(words) and "--resume" not in words else "again"
         return _fail(f"interrupted; run the same command {how} to go on.")
     except Exception as error:
         if _Talk.debug:
@@ -297,6 +301,56 @@ def train(
 
 
 @app.command()
+def tune(
+    space: Annotated[str, typer.Argument(help="a search space's name, or a .toml or .json file", show_default=False)],
+    data: Annotated[str | None, typer.Option("--data", help="the dataset to search on", show_default=False)] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", help="the campaign: a local path or s3://bucket/prefix", show_default=False)
+    ] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="the dataset to validate on; a held-out tenth", show_default=False)
+    ] = None,
+    searcher: Annotated[str, typer.Option(help="grid, random, asha, optuna or pbt")] = "asha",
+    num_trials: Annotated[
+        int | None, typer.Option(min=1, help="how many trials; 32, and of the grid all", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a campaign that stands")] = False,
+    print_space: Annotated[
+        bool, typer.Option("--print-space", help="print the space, as a file to start from")
+    ] = False,
+) -> None:
+    """Search for the best network of a space."""
+    from raylens import search as searches
+
+    search = searches.load(space)
+    if print_space:
+        print(json.dumps(search.as_dict(), indent=2 if _Talk.out.isatty() else None), file=_Talk.out)
+        return
+    if searcher not in get_args(searches.Searcher):
+        raise typer.BadParameter(
+            f"there is no searcher {searcher}; the searchers are {', '.join(get_args(searches.Searcher))}."
+        )
+    if data is None or to is None:
+        raise typer.BadParameter("a search needs --data DATASET and --to CAMPAIGN.")
+    from raylens import dataset as datasets
+    from raylens import tune as tuning
+
+    with _Leaderboard() as leaderboard:
+        tuned = tuning.tune(
+            search,
+            to,
+            data=datasets.Dataset.open(data),
+            validation=datasets.Dataset.open(validation) if validation else None,
+            searcher=searcher,  # type: ignore[arg-type]
+            num_trials=num_trials,
+            resume=resume,
+            progress=leaderboard,
+        )
+    _say(f"the best network, at full length: {tuned.command}")
+    _finish(**asdict(tuned))
+
+
+@app.command()
 def predict(
     n_cnn: NCNN,
     alpha_cnn: AlphaCNN,
@@ -473,6 +527,46 @@ class _Epochs:
         left = _duration(record["seconds"] * (self.num_epochs - record["epoch"]))
         told = " ".join(f"{value:>10}" for value in values)
         print(f"{self.network:10} {epoch:>11} {told}  {left}", file=sys.stderr, flush=True)
+
+
+class _Leaderboard:
+    """Tells of a campaign on standard error: on a terminal its best trials, in a log a line for each that ends."""
+
+    def __init__(self) -> None:
+        self.num_told = 0
+        self.live = Live(console=Console(stderr=True)) if sys.stderr.isatty() and not _Talk.quiet else None
+
+    def __enter__(self) -> Self:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, campaign: Campaign) -> None:
+        num_ended = sum(trial.status != "running" for trial in campaign.trials)
+        busy = f"{campaign.busy:.0%} of the time of {campaign.num_slots} slots spent in trials"
+        counted = f"{num_ended} of {campaign.num_trials} trials"
+        far = f"{campaign.search.name}  {counted}  {_duration(campaign.seconds)}  {busy}"
+        if self.live:
+            self.live.update(self._table(campaign, far))
+        elif num_ended > self.num_told and not _Talk.quiet:
+            self.num_told = num_ended
+            best = campaign.best
+            found = f"best {campaign.search.metric} {best.metric:.4g}, trial {best.id}" if best else "no epoch yet"
+            print(f"{far}  {found}", file=sys.stderr, flush=True)
+
+    def _table(self, campaign: Campaign, title: str) -> Table:
+        table = Table(title=title, title_justify="left")
+        for name in ("trial", *campaign.search.values, "status", "epochs", campaign.search.metric):
+            table.add_column(name)
+        running = [trial for trial in campaign.trials if trial.status == "running"]
+        for trial in [*campaign.ranked()[:10], *(trial for trial in running if trial.metric is None)]:
+            metric = _number(trial.metric, ".4g")
+            table.add_row(trial.id, *map(str, trial.config.values()), trial.status, str(trial.epochs), metric)
+        return table
 
 
 def _workers(text: str) -> int | tuple[int, int]:

@@ -287,6 +287,58 @@ class Network(Settings):
     training: Training = Training()
 
 
+# Hyper-parameters that are no fields: what Model.filters follows from.
+LAYERS = ("num_layers", "filters", "growth")
+# And those that are, with the group of settings each belongs to.
+SEARCHED_FIELDS = {
+    **{name: f"model.{name}" for name in Model.model_fields if name != "filters"},
+    **{name: f"training.{name}" for name in Training.model_fields if name not in ("num_epochs", "patience", "seed")},
+}
+
+
+class Search(Settings):
+    """What a campaign searches (section 2.2): the values that each hyper-parameter may take.
+
+    A hyper-parameter is a field of Model or Training. Three stand for the filters of all layers:
+    layer k of `num_layers` has `filters` * `growth`^k of them, from k = 0 at the input on.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    network: Literal["n-cnn", "alpha-cnn"]
+    recipe: str = "paper-fixed"  # whose settings hold for what is not searched
+    metric: Literal["validation_rmse", "validation_loss"] = "validation_rmse"  # the lowest of a trial's epochs ranks it
+    epochs: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]  # none is stopped before, none goes beyond
+    trials_per_gpu: int = Field(4, ge=1)  # on CPUs each trial has one
+    seed: int = Field(0, ge=0, lt=2**63)  # of the sequence of trials
+    values: dict[str, Annotated[tuple[int | float | str, ...], Field(min_length=1)]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _can_be_searched(self) -> Self:
+        least, most = self.epochs
+        if least > most:
+            raise ValueError(f"epochs needs [least, most] with least <= most; got [{least}, {most}].")
+        known = [*SEARCHED_FIELDS, *LAYERS]
+        for name in self.values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}."
+                raise ValueError(f"there is no hyper-parameter {name}; {hint}")
+        missing = [name for name in LAYERS if name not in self.values]
+        if 0 < len(missing) < len(LAYERS):
+            raise ValueError(
+                f"{', '.join(LAYERS)} say together what the layers are, so all of them need values; "
+                f"{missing[0]} has none. A single value fixes it."
+            )
+        for name in set(LAYERS) & self.values.keys():
+            wrong = [value for value in self.values[name] if not isinstance(value, int) or value < 1]
+            if wrong:
+                raise ValueError(f"{name} is a whole number of 1 or more; got {wrong[0]!r}.")
+        for name, values in self.values.items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names a value twice: {list(values)}.")
+        return self
+
+
 class NumImages(Settings):
     """How many images each split holds; training to test is 5 : 1 (section 2.2)."""
 

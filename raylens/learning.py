@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,14 @@ def set_learning_rate(steps: torch.optim.Optimizer, training: Training, epoch: i
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def no_longer_improves(history: list[dict[str, Any]], training: Training) -> bool:
+    """Return whether an epoch's validation loss has been the lowest for as long as a training has patience."""
+    if training.patience is None or not history:
+        return False
+    best = min(history, key=lambda record: record["validation_loss"])
+    return bool(history[-1]["epoch"] - best["epoch"] >= training.patience)
 
 
 class Step:

@@ -93,20 +93,10 @@ class Epoch:
 
 
 class Resident:
-    """A share that is kept in memory, or on the GPU."""
+    """A share that is kept in memory, or on the GPU; None: of no rows."""
 
-    def __init__(self, parts: list[Part], target: str, device: torch.device) -> None:
-        num_images = sum(len(part.rows) for part in parts)
-        self.block: Block | None = None
-        with ThreadPoolExecutor(_NUM_READERS) as pool:
-            first = 0
-            for read in pool.map(lambda part: part.read(target), parts):
-                if self.block is None:
-                    # Filled in place, or joining the parts would take twice the memory.
-                    self.block = Block(*(torch.empty((num_images, *c.shape[1:]), device=device) for c in read))
-                for whole, column in zip(self.block, read, strict=True):
-                    whole[first : first + len(column)] = column
-                first += len(read.target_B)
+    def __init__(self, block: Block | None) -> None:
+        self.block = block
 
     def blocks(self) -> Iterator[Block]:
         """Yield all rows, in their order."""
@@ -181,9 +171,30 @@ def hold(parts: list[Part], target: str, device: torch.device, *, num_pixels: in
     """Return a share kept in memory if that has room for it [bytes], else streamed through that room."""
     bytes_per_image = 4 * num_pixels**2
     if sum(len(part.rows) for part in parts) * bytes_per_image <= room:
-        return Resident(parts, target, device)
+        return Resident(read(parts, target, device))
     # At one time there are the shards that are trained on, apart and joined, those that are read, and copies of rows.
     return Streamed(parts, target, device, num_at_once=room // (4 * bytes_per_image))
+
+
+def read(parts: list[Part], target: str, device: torch.device) -> Block | None:
+    """Return all rows of a share, in their order."""
+    num_images = sum(len(part.rows) for part in parts)
+    whole: Block | None = None
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        first = 0
+        for block in pool.map(lambda part: part.read(target), parts):
+            if whole is None:
+                # Filled in place, or joining the parts would take twice the memory.
+                whole = Block(*(torch.empty((num_images, *column.shape[1:]), device=device) for column in block))
+            for place, column in zip(whole, block, strict=True):
+                place[first : first + len(column)] = column
+            first += len(block.target_B)
+    return whole
+
+
+def seed_of(seed: int, epoch: int, rank: int) -> int:
+    """Return the seed of what a rank draws in an epoch."""
+    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
 
 
 def _on(device: torch.device, block: Block) -> Block:

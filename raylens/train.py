@@ -92,13 +92,13 @@ def train(
     run = storage.absolute(run)
     least, most = (num_workers, num_workers) if isinstance(num_workers, int) else num_workers
     if validation:
-        _require_same_simulation(data, validation)
+        require_same_simulation(data, validation)
     if not resume and storage.names(run):
         raise ValueError(f"{run} stands already; go on with --resume, or choose another --to.")
     held_out = np.zeros(data.num_images, bool)
     if validation is None:
-        held_out = _held_out(data.num_images, network.training.seed)
-    card = _card(name, network, held_out, data, validation, recipe, most)
+        held_out = held_out_rows(data.num_images, network.training.seed)
+    card = untrained(name, network, held_out, data, validation, recipe, most)
     if card.num_training_images < most:
         raise ValueError(f"{most} workers cannot share {card.num_training_images} images; take fewer workers.")
     _require_same_run(run, card)
@@ -135,7 +135,7 @@ def train(
     return _keep_best(result, card, run, use_gpu, clock, num_before=len(before))
 
 
-def _require_same_simulation(data: Dataset, validation: Dataset) -> None:
+def require_same_simulation(data: Dataset, validation: Dataset) -> None:
     """Refuse to validate on images that were not drawn as those trained on: another task would choose the epoch."""
     apart = {"seed", "engine", "output"}  # with others of these, images are drawn alike
     there, here = (one.plan.simulation.model_dump(mode="json", exclude=apart) for one in (validation, data))
@@ -259,7 +259,7 @@ def _history(run: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines.splitlines()]
 
 
-def _held_out(num_images: int, seed: int) -> np.ndarray:
+def held_out_rows(num_images: int, seed: int) -> np.ndarray:
     """Return which rows validate where no validation set is given: a seeded tenth."""
     if num_images < 10:
         raise ValueError(f"a tenth of {num_images} images is none to validate on; simulate more or pass --validation.")
@@ -268,7 +268,7 @@ def _held_out(num_images: int, seed: int) -> np.ndarray:
     return held_out
 
 
-def _card(
+def untrained(
     name: models.NetworkName,
     network: Network,
     held_out: np.ndarray,
@@ -427,9 +427,11 @@ class _Rank:
             if board and not position.history:
                 for block in islice(self.validation.blocks(), 1):  # of few images this rank may have none
                     board.show_images(block.image_BHW)
-            while position.epoch <= card.training.num_epochs and not self._no_longer_improves():
+            while position.epoch <= card.training.num_epochs and not learning.no_longer_improves(
+                position.history, card.training
+            ):
                 learning.set_learning_rate(self.steps, card.training, position.epoch)
-                seed = int(np.random.SeedSequence([card.training.seed, position.epoch, self.rank]).generate_state(1)[0])
+                seed = share.seed_of(card.training.seed, position.epoch, self.rank)
                 if position.step == 0:
                     torch.manual_seed(seed)
                 record, fault = self._train_epoch(seed)
@@ -554,13 +556,6 @@ class _Rank:
                 checkpoint.save_random_state(folder, self.rank)
             files = ray.train.Checkpoint.from_directory(folder)
         ray.train.report(record, checkpoint=files, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
-
-    def _no_longer_improves(self) -> bool:
-        patience, history = self.card.training.patience, self.position.history
-        if patience is None or not history:
-            return False
-        best = min(history, key=lambda record: record["validation_loss"])
-        return history[-1]["epoch"] - best["epoch"] >= patience
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all workers."""

@@ -13,10 +13,10 @@ PACKAGE = Path(raylens.__file__).parent
 
 # A module imports only what stands before it.
 ORDER = [
-    "config", "image", "storage", "recipes",
+    "config", "image", "storage", "recipes", "search", "campaign",
     "physics.cosmology", "physics.lenses", "physics.subhalos", "physics.render", "physics.reference",
     "simulate", "shards", "dataset", "export", "card", "illustrate", "cluster", "generate",
-    "models", "metrics", "learning", "share", "checkpoint", "board", "train", "tune", "onnx_model", "intake",
+    "models", "metrics", "learning", "share", "checkpoint", "board", "train", "trial", "tune", "onnx_model", "intake",
     "predict", "evaluate", "paper", "figures", "report", "reproduce", "doctor", "cli", "__main__",
 ]  # fmt: skip
 

@@ -35,7 +35,7 @@ def held(data, used, rank, world_size, *, streamed: bool) -> share.Resident | sh
     parts = share.parts_of(data.parts, used, rank=rank, world_size=world_size)
     if streamed:
         return share.Streamed(parts, "alpha", CPU, num_at_once=12)
-    return share.Resident(parts, "alpha", CPU)
+    return share.Resident(share.read(parts, "alpha", CPU))
 
 
 def seen(batches) -> list[float]:
