@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -67,6 +69,10 @@ def main() -> None:
                         f"first batch after {row['first']:5.1f} s",
                         flush=True,
                     )
+        for num_threads in (1, NUM_CPUS):
+            rate = at_once(data[folder], num_threads, arguments.seconds)
+            print(f"{NUM_CPUS} plain loops at once, threads of each: {num_threads}  {rate:7,.0f} images/s together")
+            facts.append({"name": "at once", "num_threads": num_threads, "images_per_second": rate})
     print(json.dumps({"num_cpus": NUM_CPUS, "images": arguments.images, "rows": facts}))
 
 
@@ -76,9 +82,11 @@ def simulate(root: str, num_images: int) -> str:
     return generate.simulate(recipes.paper_fixed().simulation, root, recipe="train", num_images=num_images).dataset
 
 
-def run_loop(loop: Any, uri: str, network: str, batch_size: int, seconds: float) -> dict[str, float]:
+def run_loop(
+    loop: Any, uri: str, network: str, batch_size: int, seconds: float, num_threads: int = NUM_CPUS
+) -> dict[str, float]:
     """Return the rate of a plain torch loop over what gives batches for ever."""
-    torch.set_num_threads(NUM_CPUS)
+    torch.set_num_threads(num_threads)
     began = time.perf_counter()
     settings = recipes.paper_fixed().n_cnn if network == "n-cnn" else recipes.paper_fixed().alpha_cnn
     cnn = models.CNN(network, settings.model, num_pixels=60, target=UNSCALED, num_subhalos=UNSCALED)  # type: ignore[arg-type]
@@ -105,6 +113,14 @@ def run_loop(loop: Any, uri: str, network: str, batch_size: int, seconds: float)
             break
     spent = time.perf_counter() - started
     return {"images_per_second": num_images / spent, "waiting": waited / spent, "first": first}
+
+
+def at_once(uri: str, num_threads: int, seconds: float) -> float:
+    """Return the rate of as many plain loops as there are CPUs together: what threads that compete cost."""
+    with ProcessPoolExecutor(NUM_CPUS, mp_context=multiprocessing.get_context("spawn")) as pool:
+        task = (in_memory, uri, "n-cnn", 16, seconds, num_threads)
+        running = [pool.submit(run_loop, *task) for _ in range(NUM_CPUS)]
+        return sum(one.result()["images_per_second"] for one in running)
 
 
 def in_memory(data: Dataset, target: str, batch_size: int) -> Iterator[list[torch.Tensor]]:
