@@ -85,7 +85,7 @@ def main() -> None:
     parts: list[Any] = [File(path) for path in options.data or []] or [Rings(options.images, options.pixels)]
     rows = []
     for network in options.networks:
-        images = share.Resident(parts, models.TARGETS[network], device)
+        images = share.Resident(share.read(parts, models.TARGETS[network], device))
         for batch_size in options.batch_sizes:
             for name, variant in VARIANTS.items():
                 if (variant.graph and not on_gpu) or (variant.compiled and not options.compile):

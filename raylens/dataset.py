@@ -220,13 +220,12 @@ def begin(uri: str, plan: Plan) -> None:
         If another run has meanwhile planned otherwise; the plan that stands is only ever extended.
     """
     place, text = storage.join(uri, "dataset.json"), _json(plan.as_dict()).encode()
-    standing = storage.read_if_there(place)
-    if standing == text:
-        return
-    if standing is None or _extends(plan, standing):
+    while (standing := storage.read_if_there(place)) != text and (standing is None or _extends(plan, standing)):
         storage.remove(storage.join(uri, "manifest.json"))  # first, or it would name a dataset that is not there
         if storage.write_if(place, text, standing=standing):
             return
+    if standing == text:
+        return
     raise ValueError(f"{uri} has just been begun otherwise by another run; run the same command again.")
 
 

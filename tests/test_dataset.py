@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -349,6 +351,28 @@ def test_of_two_plans_made_at_once_the_first_stays_unless_the_second_extends_it(
         with pytest.raises(ValueError, match="has just been begun otherwise by another run; run the same command"):
             dataset.begin(uri, late)
     assert dataset.read_plan(uri) == plans["most"]
+
+
+def test_runs_that_begin_the_same_dataset_at_once_all_go_on(simulation, tmp_path):
+    """None may take the plan that another has just written for another plan."""
+    num_runs, num_images = 4, range(4, 44, 4)
+    together = threading.Barrier(num_runs, timeout=20)
+
+    def run(uri: str) -> None:
+        for number in num_images:
+            plan = dataset.plan_for(
+                uri, recipe="tiny", split="train", simulation=simulation, num_images=number, shard_size=4
+            )
+            together.wait()
+            dataset.begin(uri, plan)
+
+    uris = [
+        dataset.location(str(tmp_path / str(k)), recipe="tiny", split="train", simulation=simulation) for k in "abcde"
+    ]
+    with ThreadPoolExecutor(num_runs) as runs:
+        for uri in uris:
+            assert list(runs.map(run, [uri] * num_runs)) == [None] * num_runs
+    assert [dataset.read_plan(uri).num_images for uri in uris] == [num_images[-1]] * len(uris)
 
 
 def test_more_shards_than_their_names_can_order_are_refused(simulation, tmp_path):
