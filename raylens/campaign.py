@@ -7,6 +7,7 @@ the lowest value of any of its epochs.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ class Tried(Settings):
     metric: float | None = None
     epoch: int | None = None  # that the metric is of
     epochs: int = 0  # that it was trained
+    values: tuple[float, ...] = ()  # of the metric, after each epoch
     seconds: float = 0.0  # of training and validation
 
 
@@ -93,18 +95,9 @@ def write(campaign: str, record: Campaign) -> None:
     storage.write(place(campaign), json.dumps(record.as_dict(), indent=1) + "\n")
 
 
-def histories(campaign: str, record: Campaign) -> dict[str, list[dict[str, Any]]]:
-    """Return the epochs of each trial, as its metrics.jsonl has them."""
-    told = {}
-    for trial in record.trials:
-        lines = storage.read_if_there(storage.join(folder(campaign, trial.id), "metrics.jsonl")) or b""
-        told[trial.id] = [json.loads(line) for line in lines.splitlines()]
-    return told
-
-
-def best_so_far(history: list[dict[str, Any]], metric: str) -> list[float]:
-    """Return the lowest value of a metric after each epoch."""
-    return list(accumulate((record[metric] for record in history), min))
+def best_so_far(values: Iterable[float]) -> list[float]:
+    """Return the lowest of the values up to each of them."""
+    return list(accumulate(values, min))
 
 
 def winning_recipe(record: Campaign, simulation: Simulation, recipe: str) -> dict[str, Any]:

@@ -403,10 +403,12 @@ def evaluate(
 
 @app.command()
 def report(
-    results: Annotated[list[str], typer.Argument(help="one results.json or more", show_default=False)],
+    results: Annotated[
+        list[str], typer.Argument(help="one results.json or more, or a campaign.json", show_default=False)
+    ],
     to: Annotated[str, typer.Option("--to", help="the page, a .html file", show_default=False)],
 ) -> None:
-    """Put results beside the paper's on one self-contained HTML page."""
+    """Put results beside the paper's, or what a campaign found, on one self-contained HTML page."""
     started = time.perf_counter()
     contents = []
     for uri in results:
@@ -414,9 +416,18 @@ def report(
             contents.append(json.loads(storage.read(uri)))
         except ValueError as error:
             raise ValueError(f"{uri} is not JSON: {error}.") from None
-    from raylens import report as reports
+    if len(contents) == 1 and isinstance(contents[0], dict) and "search" in contents[0]:
+        from raylens import findings
 
-    storage.write(to, reports.report(contents))
+        try:
+            record = Campaign.parse(contents[0])
+        except ValueError as error:
+            raise ValueError(f"{results[0]} does not describe a campaign: {error}") from None
+        storage.write(to, findings.findings(record))
+    else:
+        from raylens import report as reports
+
+        storage.write(to, reports.report(contents))
     _finish(report=storage.absolute(to), seconds=time.perf_counter() - started)
 
 

@@ -63,7 +63,7 @@ def data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     @wraps(draw)
     def drawn(*arguments: Any, **keywords: Any) -> Figure:
         with mpl.rc_context(_STYLE):
@@ -72,7 +72,7 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return drawn
 
 
-@_styled
+@styled
 def distributions(truth: dict[str, Any], simulation: dict[str, Any]) -> Figure:
     """Figure 1: number densities of what varies from lens to lens, and of N."""
     varying = [name for name in truth if name in QUANTITIES and varies(name, simulation)]
@@ -105,7 +105,7 @@ def slopes(illustration: dict[str, Any]) -> list[float]:
     return sorted({round(population["alpha"], 1) for population in illustration["populations"]} & set(SLOPES))
 
 
-@_styled
+@styled
 def populations(illustration: dict[str, Any], simulation: dict[str, Any]) -> Figure:
     """Figure 2: the masses of the subhaloes of one lens at each of `slopes`, and where they lie."""
     shown = [population for population in illustration["populations"] if round(population["alpha"], 1) in SLOPES]
@@ -140,7 +140,7 @@ def populations(illustration: dict[str, Any], simulation: dict[str, Any]) -> Fig
     return figure
 
 
-@_styled
+@styled
 def example(illustration: dict[str, Any]) -> Figure:
     """Figure 3: the source, the surface density of the lens, and the image with the subhaloes in it."""
     lens = illustration["example"]
@@ -173,7 +173,7 @@ def example(illustration: dict[str, Any]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def predictions(entries: list[dict[str, Any]], networks: dict[str, tuple[str, int, _Curves]]) -> Figure:
     """Figures 5 to 8: predicted against true where alpha varies, and the errors at each alpha.
 
@@ -252,7 +252,7 @@ def _errors(axes: Axes, entries: list[dict[str, Any]], name: str, symbol: str, d
     axes.legend(loc="upper center", ncols=2, columnspacing=1.2, handlelength=1.4)
 
 
-@_styled
+@styled
 def learning_curves(networks: dict[str, dict[str, Any]]) -> Figure:
     """The losses of both networks, epoch by epoch; they are in units of the target's variance."""
     figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")

@@ -1,8 +1,7 @@
 """results.json to one HTML page: our numbers beside the paper's, and beside what needs no image.
 
-The page holds its style and its figures (SVG in data URIs) and loads nothing; its frame, and what it says
-whatever the results, is `report.html`. Every measure stands in a `<data>` element whose value has all
-digits; what is shown is rounded. Text that comes out of a file is escaped.
+The frame of the page, and what it says whatever the results, is `report.html`. Every measure stands in a
+`<data>` element (`page`).
 """
 
 from __future__ import annotations
@@ -10,14 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from html import escape
-from importlib.resources import files
-from string import Template
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from raylens import figures, paper
+from raylens import figures, page, paper
 
 _MEASURES = {"gradient": "Gradient", "sigma": "σ", "rmse": "RMSE"}  # what the paper has; we add the bias
 
@@ -59,9 +53,9 @@ def report(results: list[dict[str, Any]]) -> str:
     """
     for one in results:
         _require_results(one)
-    frame = Template(files("raylens").joinpath("report.html").read_text(encoding="utf-8"))
-    return frame.substitute(
-        title=_text(", ".join(one["recipe"] for one in results)),
+    return page.fill(
+        "report.html",
+        title=page.text(", ".join(one["recipe"] for one in results)),
         overview=_overview(results) if len(results) > 1 else "",
         experiments="\n".join(_experiment(number, one) for number, one in enumerate(results, 1)),
     )
@@ -89,11 +83,13 @@ def _overview(results: list[dict[str, Any]]) -> str:
     for number, one in enumerate(results, 1):
         tables, entry = paper.tables(one["simulation"]), _main_set(one)
         cells = "".join(
-            _cell(entry[name][measure], digits, "ours first")
+            page.cell(entry[name][measure], digits, "ours first")
             + _paper_cell(_of_paper(tables.get(name), one, entry, measure), digits)
             for name, measure, digits in _HEADLINE
         )
-        rows.append(f'<tr><th scope="row"><a href="#experiment-{number}">{_text(one["recipe"])}</a></th>{cells}</tr>')
+        rows.append(
+            f'<tr><th scope="row"><a href="#experiment-{number}">{page.text(one["recipe"])}</a></th>{cells}</tr>'
+        )
     heads = "".join(f'<th colspan="2" scope="colgroup" class="first">{_heading(*item)}</th>' for item in _HEADLINE)
     below = '<th scope="col" class="ours first">ours</th><th scope="col">paper</th>' * len(_HEADLINE)
     return (
@@ -108,7 +104,7 @@ def _experiment(number: int, results: dict[str, Any]) -> str:
     return "\n".join(
         [
             f'<section class="experiment" id="experiment-{number}">',
-            f"<h2>{_text(results['recipe'])}</h2>",
+            f"<h2>{page.text(results['recipe'])}</h2>",
             _what_was_done(results),
             _headline(results, tables),
             _in_short(results, tables),
@@ -148,14 +144,16 @@ def _what_was_done(results: dict[str, Any]) -> str:
     camera, entry = results["simulation"]["camera"], _main_set(results)
     cards = {"N‑CNN": results["n_cnn"], "α‑CNN": results["alpha_cnn"]}
     num_training = " and ".join(f"{number:,}" for number in {card["num_training_images"]: 0 for card in cards.values()})
-    epochs = " and ".join(f"the {title} for {_count(len(card['history']), 'epoch')}" for title, card in cards.items())
+    epochs = " and ".join(
+        f"the {title} for {page.count(len(card['history']), 'epoch')}" for title, card in cards.items()
+    )
     num_tested = sum(each["num_images"] for each in results["datasets"])
     return (
         f"<p>Simulated lenses of {camera['num_pixels']:d} × {camera['num_pixels']:d} pixels "
         f"at {camera['pixel_scale']:g} arcsec: {num_training} images trained {epochs}, "
         f"{results['n_cnn']['num_validation_images']:,} chose the epoch to keep, and {num_tested:,} new ones "
-        f"tested both networks in {_count(len(results['datasets']), 'set')}. "
-        f"Below, the results on {_text(entry['split'])} ({entry['num_images']:,} images).</p>"
+        f"tested both networks in {page.count(len(results['datasets']), 'set')}. "
+        f"Below, the results on {page.text(entry['split'])} ({entry['num_images']:,} images).</p>"
     )
 
 
@@ -169,12 +167,13 @@ def _headline(results: dict[str, Any], tables: dict[str, paper.Table]) -> str:
         rows = "".join(
             f'<tr><th scope="row">{title}</th><td class="bar" aria-hidden="true"><span class="{title.split()[0]}" '
             f'style="width:{max(0, 100 * (value or 0) / longest):.1f}%"></span></td>'
-            f"{_paper_cell(value, digits) if title == 'paper' else _cell(value, digits)}</tr>"
+            f"{_paper_cell(value, digits) if title == 'paper' else page.cell(value, digits)}</tr>"
             for title, value in compared
         )
         cards.append(
             f'<div class="card"><h3>{_heading(name, measure, digits)}</h3>'
-            f'<p class="value">{_number(entry[name][measure], digits)}</p><table><tbody>{rows}</tbody></table></div>'
+            f'<p class="value">{page.number(entry[name][measure], digits)}</p>'
+            f"<table><tbody>{rows}</tbody></table></div>"
         )
     return f'<div class="headline">{"".join(cards)}</div>'
 
@@ -195,7 +194,7 @@ def _in_short(results: dict[str, Any], tables: dict[str, paper.Table]) -> str:
         short.append(f"Our RMSE of {network.symbol} is {ratios}.")
         variance = entry["baselines"][constant]["rmse"] ** 2 - entry["baselines"][constant]["bias"] ** 2
         if entry[name]["gradient"] is not None and variance > 0:
-            best.append(f"{_plain(1 - ours**2 / variance, 3)} for {network.symbol}")
+            best.append(f"{page.plain(1 - ours**2 / variance, 3)} for {network.symbol}")
     return (
         f"<p>{' '.join(short)}</p>"
         '<ul class="quiet"><li><b>constant</b>: the mean of the training labels, whatever the image.</li>'
@@ -210,8 +209,8 @@ def _cautions(results: dict[str, Any], tables: dict[str, paper.Table]) -> Iterat
     trained_on = {str(results[name].get("dataset_digest")) for name in ("n_cnn", "alpha_cnn")} - {results["digest"]}
     if trained_on:
         yield (
-            f'<p class="caution">The networks were trained on another simulation ({_text(", ".join(trained_on))}) '
-            f"than the one they are tested on ({_text(results['digest'])}).</p>"
+            f'<p class="caution">The networks were trained on another simulation ({page.text(", ".join(trained_on))}) '
+            f"than the one they are tested on ({page.text(results['digest'])}).</p>"
         )
     if not tables:
         yield (
@@ -225,7 +224,7 @@ def _cautions(results: dict[str, Any], tables: dict[str, paper.Table]) -> Iterat
     for key, (here, there) in paper.differences(results, table.experiment).items():
         # What both networks share is said once.
         key = key.removeprefix("n_cnn.").removeprefix("alpha_cnn.").removeprefix("simulation.")
-        told.setdefault(f"<code>{_text(key)}</code> {_setting(here)} (paper {_setting(there)})", "")
+        told.setdefault(f"<code>{page.text(key)}</code> {page.setting(here)} (paper {page.setting(there)})", "")
     if told:
         yield f'<p class="caution">Different from the paper’s {table.title.lower()}: {"; ".join(told)}.</p>'
 
@@ -249,16 +248,16 @@ def _measures(results: dict[str, Any], name: str, table: paper.Table | None) -> 
         for measure in _MEASURES:
             digits = 3 if measure == "gradient" else network.digits
             ours, theirs = entry[name][measure], _of_paper(table, results, entry, measure)
-            cells += _cell(ours, digits, "ours first")
+            cells += page.cell(ours, digits, "ours first")
             if table:
                 ratio = ours / theirs if theirs and ours is not None else None
-                cells += _paper_cell(theirs, digits) + _cell(ratio, 2)
-        cells += _cell(entry[name]["bias"], network.digits, "ours first", signed=True)
+                cells += _paper_cell(theirs, digits) + page.cell(ratio, 2)
+        cells += page.cell(entry[name]["bias"], network.digits, "ours first", signed=True)
         for place, key in enumerate(network.baselines):
-            cells += _cell(entry["baselines"][key]["rmse"], network.digits, "" if place else "first")
-        alpha = "Varied" if entry["alpha"] is None else _plain(entry["alpha"], 1)
+            cells += page.cell(entry["baselines"][key]["rmse"], network.digits, "" if place else "first")
+        alpha = "Varied" if entry["alpha"] is None else page.plain(entry["alpha"], 1)
         if entry["digest"] != results["digest"]:
-            alpha += f" (simulation {_text(entry['digest'])})"
+            alpha += f" (simulation {page.text(entry['digest'])})"
         kind = ' class="varied"' if entry["alpha"] is None else ""
         rows.append(f'<tr{kind}><th scope="row">{alpha}</th><td>{entry["num_images"]:,}</td>{cells}</tr>')
     beside = f"beside the paper’s {table.title.lower()}" if table else "the paper has no such table"
@@ -291,29 +290,29 @@ def _prediction_figures(results: dict[str, Any], tables: dict[str, paper.Table])
                 " The dotted line has the paper’s gradient and passes through our mean; the paper has no intercept."
             )
         alt = f"{what} " + "; ".join(
-            f"{_NETWORKS[name].symbol}: gradient {_plain(_main_set(results)[name]['gradient'], 3)}, "
-            f"RMSE {_plain(_main_set(results)[name]['rmse'], _NETWORKS[name].digits)}"
+            f"{_NETWORKS[name].symbol}: gradient {page.plain(_main_set(results)[name]['gradient'], 3)}, "
+            f"RMSE {page.plain(_main_set(results)[name]['rmse'], _NETWORKS[name].digits)}"
             for name in names
         )
         title = table.figure if table else f"As figure {like}, for these images"
-        yield _figure(figures.predictions(entries, networks), title, caption, alt)
+        yield page.drawing(figures.predictions(entries, networks), title, caption, alt)
 
 
 def _lens_figures(results: dict[str, Any]) -> Iterator[str]:
     simulation, entry, illustration = results["simulation"], _main_set(results), results.get("illustration")
     lens, source = simulation["lens"], simulation["source"]
-    caption = f"What varies from lens to lens in {_text(entry['split'])}."
+    caption = f"What varies from lens to lens in {page.text(entry['split'])}."
     if paper.geometry(simulation) == "fixed":
         caption += (
             f" The geometry is fixed: θ<sub>E</sub> = {lens['theta_E']:g} arcsec, q = {lens['q']:g}, "
             f"φ = {lens['phi']:g}, (x, y) = ({lens['x']:g}, {lens['y']:g}) arcsec, source redshift {source['z']:g}."
         )
     alt = "Histograms of what varies from lens to lens."
-    yield _figure(figures.distributions(entry["truth"], simulation), "Figure 1", caption, alt)
+    yield page.drawing(figures.distributions(entry["truth"], simulation), "Figure 1", caption, alt)
     if illustration is None:
         yield "<p>The test set holds no illustration.json, so figures 2 and 3 are not drawn.</p>"
         return
-    slopes = ", ".join(_plain(slope, 1) for slope in figures.slopes(illustration))
+    slopes = ", ".join(page.plain(slope, 1) for slope in figures.slopes(illustration))
     caption = (
         f"Subhaloes of one lens at α = {slopes}. Top: their masses, and (dashed) those expected of as many "
         "from M<sup>α</sup>. Bottom: where they lie; the area of a dot grows with the subhalo’s Einstein radius"
@@ -321,57 +320,49 @@ def _lens_figures(results: dict[str, Any]) -> Iterator[str]:
     caption += ", and the circle has radius 2 θ<sub>E</sub>." if paper.geometry(simulation) == "fixed" else "."
     alt = "Mass histograms and positions of subhaloes; the steeper the slope, the more and the lighter they are."
     if slopes:
-        yield _figure(figures.populations(illustration, simulation), "Figure 2", caption, alt)
+        yield page.drawing(figures.populations(illustration, simulation), "Figure 2", caption, alt)
     else:
         yield "<p>At the slopes of figure 2 a lens would hold too many subhaloes, so it is not drawn.</p>"
     example = illustration["example"]
     caption = (
         "One simulated lens. Left: the source in its own plane. Middle: surface density of lens and subhaloes "
         "in critical units. Right: the image that the networks see, and the subhaloes in front of it. "
-        f"α = {_plain(example['alpha'], 2)}, θ<sub>E</sub> = {example['theta_E']:.2f} arcsec, q = {example['q']:.2f}, "
-        f"φ = {example['phi']:.2f}, source redshift {example['z_source']:.2f}."
+        f"α = {page.plain(example['alpha'], 2)}, θ<sub>E</sub> = {example['theta_E']:.2f} arcsec, "
+        f"q = {example['q']:.2f}, φ = {example['phi']:.2f}, source redshift {example['z_source']:.2f}."
     )
     if simulation["subhalos"]["compensation"] == "none":
         caption += " The subhaloes add to the main lens, so that the ring lies outside θ<sub>E</sub>."
     alt = f"Source, surface density and lensed image with {len(example['x'])} subhaloes."
-    yield _figure(figures.example(illustration), "Figure 3", caption, alt)
-
-
-def _figure(figure: Figure, title: str, caption: str, alt: str) -> str:
-    width = 100 * figure.get_size_inches()[0] / figures.WIDTH
-    return (
-        f'<figure><img src="{figures.data_uri(figure)}" alt="{escape(alt)}" style="width:{width:.0f}%">'
-        f"<figcaption><b>{title}.</b> {caption}</figcaption></figure>"
-    )
+    yield page.drawing(figures.example(illustration), "Figure 3", caption, alt)
 
 
 def _training(results: dict[str, Any]) -> Iterator[str]:
     cards = {"N‑CNN": results["n_cnn"], "α‑CNN": results["alpha_cnn"]}
     if all(card["history"] for card in cards.values()):
         caption = "Loss by epoch (not in the paper); the weights kept are those of the lowest validation loss."
-        yield _figure(
+        yield page.drawing(
             figures.learning_curves(cards), "Learning curves", caption, "Training and validation loss by epoch."
         )
 
     def some(group: str, *keys: str) -> Callable[[dict[str, Any]], str]:
-        return lambda card: ", ".join(_setting(card[group][key]) for key in keys)
+        return lambda card: ", ".join(page.setting(card[group][key]) for key in keys)
 
     facts: dict[str, Callable[[dict[str, Any]], str]] = {
-        "training, validation images": lambda card: _setting(
+        "training, validation images": lambda card: page.setting(
             [card["num_training_images"], card["num_validation_images"]]
         ),
-        "trainable parameters": lambda card: _setting(card["num_parameters"]),
+        "trainable parameters": lambda card: page.setting(card["num_parameters"]),
         "filters of the convolutions": some("model", "filters"),
         "kernel size, dense, dropout, activation": some("model", "kernel_size", "dense", "dropout", "activation"),
         "optimiser, learning rate, batch": some("training", "optimizer", "learning_rate", "batch_size"),
-        "epochs, of which kept": lambda card: _setting([card["training"]["num_epochs"], card["epoch"]]),
+        "epochs, of which kept": lambda card: page.setting([card["training"]["num_epochs"], card["epoch"]]),
         "target standardised by mean, sd": some("target_scaling", "mean", "sd"),
-        "workers, threads of each, device": lambda card: _setting(
+        "workers, threads of each, device": lambda card: page.setting(
             [card[key] for key in ("num_workers", "num_threads", "device")]
         ),
         "images/s while training": lambda card: f"{card['metrics']['images_per_second']:,.0f}",
-        "time, start-up included": lambda card: _duration(card["seconds"]),
-        "run": lambda card: f"<code>{_text(card['run'])}</code>",
+        "time, start-up included": lambda card: page.duration(card["seconds"]),
+        "run": lambda card: f"<code>{page.text(card['run'])}</code>",
     }
     rows = "".join(
         f'<tr><th scope="row">{title}</th>{"".join(f"<td>{fact(card)}</td>" for card in cards.values())}</tr>'
@@ -395,15 +386,15 @@ def _cost(results: dict[str, Any]) -> str:
     times = {key: title for key, title in times.items() if any(stage.get(key) for stage in stages)}
     rows = ""
     for stage in stages:
-        costs = "".join(f"<td>{_duration(stage.get(key))}</td>" for key in times)
-        costs += f"<td>{_plain(stage.get('images_per_second'), 0)}</td>"
-        rows += f'<tr><th scope="row">{_text(stage["stage"])}</th>{costs}</tr>'
-    totals = "".join(f"<td>{_duration(sum(stage.get(key) or 0 for stage in stages))}</td>" for key in times)
+        costs = "".join(f"<td>{page.duration(stage.get(key))}</td>" for key in times)
+        costs += f"<td>{page.plain(stage.get('images_per_second'), 0)}</td>"
+        rows += f'<tr><th scope="row">{page.text(stage["stage"])}</th>{costs}</tr>'
+    totals = "".join(f"<td>{page.duration(sum(stage.get(key) or 0 for stage in stages))}</td>" for key in times)
     heads = "".join(f'<th scope="col">{title}</th>' for title in times.values())
     machine = results.get("machine") or {}
     nouns = {"num_nodes": "node", "num_cpus": "CPU core", "num_gpus": "GPU"}
-    held = [_count(machine[key], noun) for key, noun in nouns.items() if key in machine]
-    held += [_text(machine["processor"])] if machine.get("processor") else []
+    held = [page.count(machine[key], noun) for key, noun in nouns.items() if key in machine]
+    held += [page.text(machine["processor"])] if machine.get("processor") else []
     return (
         f'<table><thead><tr><th scope="col" class="left">Stage</th>{heads}<th scope="col">Images/s</th></tr></thead>'
         f'<tbody>{rows}<tr class="varied"><th scope="row">all</th>{totals}<td></td></tr></tbody></table>'
@@ -416,12 +407,12 @@ def _cost(results: dict[str, Any]) -> str:
 def _provenance(results: dict[str, Any]) -> str:
     versions = {**results["n_cnn"].get("versions", {}), **results["versions"]}
     test_sets = "".join(
-        f'<tr><th scope="row">{_text(entry["split"])}</th><td>{entry["num_images"]:,}</td>'
-        f"<td><code>{_text(entry['digest'])}</code></td><td><code>{_text(entry['dataset'])}</code></td></tr>"
+        f'<tr><th scope="row">{page.text(entry["split"])}</th><td>{entry["num_images"]:,}</td>'
+        f"<td><code>{page.text(entry['digest'])}</code></td><td><code>{page.text(entry['dataset'])}</code></td></tr>"
         for entry in results["datasets"]
     )
     settings = "".join(
-        f'<tr><th scope="row"><code>{_text(key)}</code></th><td>{_setting(value)}</td></tr>'
+        f'<tr><th scope="row"><code>{page.text(key)}</code></th><td>{page.setting(value)}</td></tr>'
         for key, value in paper.flat(results["simulation"]).items()
     )
     recipe = results.get("experiment") or {
@@ -431,71 +422,19 @@ def _provenance(results: dict[str, Any]) -> str:
     }
     heads = "".join(f'<th scope="col">{title}</th>' for title in ("Test set", "Images", "Simulation", "Dataset"))
     return (
-        f"<p>Simulation <code>{_text(results['digest'])}</code>, made and read with "
-        f"{', '.join(f'{_text(name)} {_text(version)}' for name, version in versions.items())}.</p>"
+        f"<p>Simulation <code>{page.text(results['digest'])}</code>, made and read with "
+        f"{', '.join(f'{page.text(name)} {page.text(version)}' for name, version in versions.items())}.</p>"
         f'<table class="text"><thead><tr>{heads}</tr></thead><tbody>{test_sets}</tbody></table>'
         "<details><summary>The simulation, setting by setting</summary>"
         f'<table class="text"><tbody>{settings}</tbody></table></details>'
         "<details><summary>The recipe as JSON</summary>"
-        f"<pre>{_text(json.dumps(recipe, indent=2, ensure_ascii=False))}</pre></details>"
+        f"<pre>{page.text(json.dumps(recipe, indent=2, ensure_ascii=False))}</pre></details>"
     )
-
-
-def _cell(value: float | None, digits: int, kind: str = "", *, signed: bool = False) -> str:
-    opening = f'<td class="{kind}">' if kind else "<td>"
-    return f"{opening}{_number(value, digits, signed=signed)}</td>"
 
 
 def _paper_cell(value: float | None, digits: int) -> str:
     """Return a cell with a number of the paper, padded where that is an integer, so that points line up."""
     if value is None:
-        return _cell(None, digits)
+        return page.cell(None, digits)
     padding = "\u2008" + "\u2007" * digits if isinstance(value, int) else ""  # as wide as a point, and as a digit
     return f'<td><data value="{value!r}">{figures.printed(value, digits)}{padding}</data></td>'
-
-
-def _number(value: float | None, digits: int, *, signed: bool = False) -> str:
-    if value is None:
-        return '<span class="none">–</span>'
-    return f'<data value="{value!r}">{_plain(value, digits, signed=signed)}</data>'
-
-
-def _plain(value: float | None, digits: int, *, signed: bool = False) -> str:
-    if value is None:
-        return "–"
-    return f"{value:{'+' if signed else ''}z,.{digits}f}".replace("-", "−")
-
-
-def _setting(value: Any) -> str:
-    """Return a setting as a person writes it."""
-    match value:
-        case {"uniform": [low, high]}:
-            return f"uniform from {_setting(low)} to {_setting(high)}"
-        case {"normal": [mean, sd, low, high]}:
-            return f"normal {_setting(mean)} ± {_setting(sd)} from {_setting(low)} to {_setting(high)}"
-        case list():
-            return ", ".join(map(_setting, value))
-        case bool() | None:
-            return {True: "yes", False: "no", None: "none"}[value]
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:.4g}".replace("-", "−")
-    return _text(value)
-
-
-def _text(value: Any) -> str:
-    return escape(str(value))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -31,6 +31,7 @@ from raylens.board import CampaignBoard
 from raylens.campaign import Campaign, Tried
 from raylens.config import Network, Search
 from raylens.dataset import Dataset
+from raylens.findings import findings
 from raylens.learning import Block
 from raylens.search import Searcher
 from raylens.trial import CHECKPOINT, Trial
@@ -56,6 +57,7 @@ class Tuned:
     num_failed: int
     reference_rank: int | None  # of the recipe's own settings, from 1
     recipe: str  # URI of a recipe file with the best network
+    report: str  # URI of a page on what was found
     command: str  # that trains it at full length
     seconds: float
     cpu_seconds: float
@@ -273,6 +275,8 @@ def _finish(watch: _Watch, data: Dataset) -> Tuned:
     recipe = storage.join(campaign, "winner.json")
     winner = campaigns.winning_recipe(record, data.plan.simulation, data.plan.recipe)
     storage.write(recipe, json.dumps(winner, indent=1) + "\n")
+    report = storage.join(campaign, "report.html")
+    storage.write(report, findings(record))
     return Tuned(
         campaign=campaign,
         best=record.best.as_dict(),
@@ -280,6 +284,7 @@ def _finish(watch: _Watch, data: Dataset) -> Tuned:
         num_failed=len(failed),
         reference_rank=record.reference_rank(),
         recipe=recipe,
+        report=report,
         command=f"raylens train {record.search.network} --data {data.uri} --recipe {recipe} --to RUN",
         seconds=record.seconds - watch.before[0],
         cpu_seconds=watch.trained * watch.slots.resources["CPU"],
@@ -338,10 +343,10 @@ class _Trainable(ray.tune.Trainable):
         if self.fault is not None:
             return {**told, "failed": self.fault, "done": True}
         self.num_told += 1
-        values = campaigns.best_so_far(self.trial.history[: self.num_told], self.search.metric)
+        values = [record[self.search.metric] for record in self.trial.history[: self.num_told]]
         ended = self.num_told == len(self.trial.history) and self.trial.ended
         return {
-            "metric": values[-1],
+            "metric": min(values),
             "epoch": self.num_told,
             "record": self.trial.history[self.num_told - 1],
             "new": new,
@@ -422,12 +427,11 @@ class _Watch(ray.tune.Callback):
 
     def take_up(self, scheduler: TrialScheduler) -> None:
         """Tell what proposes and what stops trials of those that have ended."""
-        histories = campaigns.histories(self.campaign, self.record)
         for trial in self.record.trials:
             if trial.status == "running":
                 self.proposals.leave(trial.config)
                 continue
-            values = campaigns.best_so_far(histories[trial.id], self.record.search.metric)
+            values = campaigns.best_so_far(trial.values)
             self.proposals.tell(trial.config, values, trial.status)
             if isinstance(scheduler, ASHAScheduler):
                 known: Any = SimpleNamespace(trial_id=trial.id)  # all that it wants to know of a trial
@@ -458,13 +462,14 @@ class _Watch(ray.tune.Callback):
             # Of a trial that was taken up, or took over another's weights, epochs are told that stand already.
             history = [*self.histories[known.id][: record["epoch"] - 1], record]
             self.histories[known.id] = history
-            best = min(history, key=lambda one: one[self.record.search.metric])
+            values = [one[self.record.search.metric] for one in history]
             self._change(
                 known,
                 config=dict(trial.config["trial"]["config"]),
-                metric=best[self.record.search.metric],
-                epoch=best["epoch"],
-                epochs=record["epoch"],
+                metric=min(values),
+                epoch=values.index(min(values)) + 1,
+                epochs=len(values),
+                values=tuple(values),
                 seconds=sum(one["seconds"] for one in history),
             )
             if result["new"]:
@@ -497,9 +502,7 @@ class _Watch(ray.tune.Callback):
     def _end(self, name: str) -> None:
         trial = self.trials[name]
         assert trial.status != "running"
-        self.proposals.tell(
-            trial.config, campaigns.best_so_far(self.histories[name], self.record.search.metric), trial.status
-        )
+        self.proposals.tell(trial.config, campaigns.best_so_far(trial.values), trial.status)
         # Nobody will go on from there.
         storage.remove(storage.join(campaigns.folder(self.campaign, name), CHECKPOINT))
         self.board.end(trial)

@@ -16,8 +16,8 @@ ORDER = [
     "config", "image", "storage", "recipes", "search", "campaign",
     "physics.cosmology", "physics.lenses", "physics.subhalos", "physics.render", "physics.reference",
     "simulate", "shards", "dataset", "export", "card", "illustrate", "cluster", "generate",
-    "models", "metrics", "learning", "share", "checkpoint", "board", "train", "trial", "tune", "onnx_model", "intake",
-    "predict", "evaluate", "paper", "figures", "report", "reproduce", "doctor", "cli", "__main__",
+    "models", "metrics", "learning", "share", "checkpoint", "board", "train", "trial", "figures", "page", "findings",
+    "tune", "onnx_model", "intake", "predict", "evaluate", "paper", "report", "reproduce", "doctor", "cli", "__main__",
 ]  # fmt: skip
 
 # The sky, of which the network must learn from images alone.

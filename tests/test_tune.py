@@ -82,7 +82,7 @@ def test_each_searcher_ends_with_as_many_trials_as_were_asked_for(searcher, data
     assert record.best == min(record.trials, key=lambda trial: trial.metric)
     assert tuned.best == record.best.as_dict()
     assert 0 < tuned.cpu_seconds <= tuned.seconds * tuned.num_slots
-    assert set(os.listdir(campaign)) == {"campaign.json", "trials", "tensorboard", "winner.json"}
+    assert set(os.listdir(campaign)) == {"campaign.json", "trials", "tensorboard", "winner.json", "report.html"}
     assert all(os.listdir(f"{campaign}/tensorboard/{trial.id}") for trial in record.trials)
     assert not list(Path(campaign).rglob("checkpoint*"))
 
