@@ -50,12 +50,16 @@ def main() -> None:
         for network in arguments.networks:
             for batch_size in arguments.batch_sizes:
                 task = (network, batch_size)
-                loops = {"plain loop": in_memory, "plain loop, DataLoader": with_loader}
+                loops = {
+                    "plain loop": (in_memory, False),
+                    "plain loop, DataLoader": (with_loader, False),
+                    "plain loop, laid out as raylens": (in_memory, True),
+                }
                 runs = {"raylens": (folder, 1), "raylens, S3": (bucket, 1), "raylens, two workers": (folder, 2)}
                 told: dict[str, list[dict[str, float]]] = defaultdict(list)
                 for repeat in range(arguments.repeats):
-                    for name, loop in loops.items():
-                        told[name].append(alone(run_loop, loop, data[folder], *task, arguments.seconds))
+                    for name, (loop, laid_out) in loops.items():
+                        told[name].append(alone(run_loop, loop, data[folder], *task, arguments.seconds, laid_out))
                     for name, (root, num_workers) in runs.items():
                         run = storage.join(root, f"{network}-{batch_size}-{num_workers}-{repeat}")
                         told[name].append(alone(run_raylens, data[root], run, *task, num_workers, arguments.epochs))
@@ -64,7 +68,7 @@ def main() -> None:
                     row = {key: median(turn[key] for turn in turns) for key in turns[0]}
                     facts.append({"network": network, "batch_size": batch_size, "name": name, **row})
                     print(
-                        f"{network:10} batch {batch_size:4}  {name:24} {row['images_per_second']:7,.0f} images/s  "
+                        f"{network:10} batch {batch_size:4}  {name:32} {row['images_per_second']:7,.0f} images/s  "
                         f"{row['images_per_second'] / plain:5.2f} of the plain loop  waiting {row['waiting']:6.2%}  "
                         f"first batch after {row['first']:5.1f} s",
                         flush=True,
@@ -83,13 +87,21 @@ def simulate(root: str, num_images: int) -> str:
 
 
 def run_loop(
-    loop: Any, uri: str, network: str, batch_size: int, seconds: float, num_threads: int = NUM_CPUS
+    loop: Any,
+    uri: str,
+    network: str,
+    batch_size: int,
+    seconds: float,
+    laid_out: bool = False,
+    num_threads: int = NUM_CPUS,
 ) -> dict[str, float]:
-    """Return the rate of a plain torch loop over what gives batches for ever."""
+    """Return the rate of a plain torch loop over what gives batches for ever; laid out: in raylens's memory layout."""
     torch.set_num_threads(num_threads)
     began = time.perf_counter()
     settings = recipes.paper_fixed().n_cnn if network == "n-cnn" else recipes.paper_fixed().alpha_cnn
     cnn = models.CNN(network, settings.model, num_pixels=60, target=UNSCALED, num_subhalos=UNSCALED)  # type: ignore[arg-type]
+    if laid_out:
+        learning.on_device(cnn, torch.device("cpu"), settings.training.precision)
     optimizer = learning.optimizer(cnn, settings.training)
     cnn.train()
     batches = loop(Dataset.open(uri), models.TARGETS[network], batch_size)  # type: ignore[index]
@@ -118,7 +130,7 @@ def run_loop(
 def at_once(uri: str, num_threads: int, seconds: float) -> float:
     """Return the rate of as many plain loops as there are CPUs together: what threads that compete cost."""
     with ProcessPoolExecutor(NUM_CPUS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        task = (in_memory, uri, "n-cnn", 16, seconds, num_threads)
+        task = (in_memory, uri, "n-cnn", 16, seconds, False, num_threads)
         running = [pool.submit(run_loop, *task) for _ in range(NUM_CPUS)]
         return sum(one.result()["images_per_second"] for one in running)
 

@@ -13,7 +13,7 @@ from raylens.config import Model, Training
 from raylens.metrics import Sums
 
 SMALL = Model(filters=(4,), kernel_size=3, dense=32, dropout=0.0)
-WITH_CHANCE = SMALL.override({"filters": [4, 8], "dropout": 0.25})
+WITH_CHANCE = SMALL.override({"filters": [16, 32], "dropout": 0.25})
 TRAINING = Training(num_epochs=3, learning_rate=1e-2, schedule="cosine")
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and here is none")
@@ -135,6 +135,26 @@ def test_a_checkpoint_holds_weights_and_moments_whatever_their_layout(tmp_path):
         torch.manual_seed(1)
         errors.append([step(batch).item() for _ in range(3)])
     assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize(("filters", "last"), [([16, 32], True), ([8, 16], False)])
+def test_where_the_channels_lie_changes_no_result(filters, last):
+    """On a CPU they lie last where they fill vectors."""
+    cnns = []
+    for laid_out in (True, False):
+        torch.manual_seed(0)
+        cnn = network("alpha-cnn", SMALL.override({"filters": filters}), num_pixels=12)
+        cnns.append(learning.on_device(cnn, torch.device("cpu"), "float32") if laid_out else cnn)
+    assert cnns[0].features[5].weight.is_contiguous() is not last
+
+    errors = []
+    for cnn in cnns:
+        step = learning.Step(cnn, cnn, learning.optimizer(cnn, TRAINING))
+        errors.append([step(learning.Batch(block(32), 1 / 32)).item() for _ in range(5)])
+    predictions = [learning.predict(cnn, *block(32)[:2]) for cnn in cnns]
+
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+    assert torch.allclose(*predictions, rtol=1e-3, atol=1e-4)
 
 
 @needs_gpu
