@@ -1,5 +1,6 @@
 """An epoch uses every row once, and the networks can learn."""
 
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -135,6 +136,23 @@ def test_a_checkpoint_holds_weights_and_moments_whatever_their_layout(tmp_path):
         torch.manual_seed(1)
         errors.append([step(batch).item() for _ in range(3)])
     assert errors[0] == errors[1]
+
+
+def test_numbers_that_are_all_but_zero_are_zero_in_every_thread():
+    """Moments decay to them, and a network with many idle weights then trains at half its rate."""
+
+    def nonzero() -> None:
+        learning.compute_with(2)
+        counts.append(int((torch.full((1 << 20,), 1e-39) * 0.5).view(torch.int32).count_nonzero()))
+
+    counts: list[int] = []
+    num_threads = torch.get_num_threads()
+    thread = threading.Thread(target=nonzero)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(num_threads)
+
+    assert counts == [0]
 
 
 @pytest.mark.parametrize(("filters", "last"), [([16, 32], True), ([8, 16], False)])
