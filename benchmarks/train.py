@@ -93,6 +93,7 @@ def run_loop(
     epochs: int,
     laid_out: bool = False,
     num_threads: int = NUM_CPUS,
+    most_steps: int | None = None,
 ) -> dict[str, float]:
     """Return the rate of a plain torch loop over what gives batches for ever; laid out: in raylens's memory layout."""
     torch.set_num_threads(num_threads)
@@ -105,7 +106,7 @@ def run_loop(
     cnn.train()
     data = Dataset.open(uri)
     batches = loop(data, models.TARGETS[network], batch_size)  # type: ignore[index]
-    num_steps = -(-data.num_images // batch_size)
+    num_steps = min(-(-data.num_images // batch_size), most_steps or data.num_images)
     first, rates, waiting = 0.0, [], []
     for _ in range(epochs):
         started, waited = time.perf_counter(), 0.0
@@ -120,7 +121,7 @@ def run_loop(
             loss.backward()
             optimizer.step()
         spent = time.perf_counter() - started
-        rates.append(data.num_images / spent)
+        rates.append(num_steps * batch_size / spent)
         waiting.append(waited / spent)
     return {"images_per_second": median(rates[1:]), "waiting": median(waiting[1:]), "first": first}
 
@@ -128,7 +129,7 @@ def run_loop(
 def at_once(uri: str, num_threads: int) -> float:
     """Return the rate of as many plain loops as there are CPUs together: what threads that compete cost."""
     with ProcessPoolExecutor(NUM_CPUS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        task = (in_memory, uri, "n-cnn", 16, 2, False, num_threads)
+        task = (in_memory, uri, "n-cnn", 16, 2, False, num_threads, 64)
         running = [pool.submit(run_loop, *task) for _ in range(NUM_CPUS)]
         return sum(one.result()["images_per_second"] for one in running)
 
