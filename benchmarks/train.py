@@ -1,7 +1,7 @@
 """Training, side by side: a plain torch loop, the same over a DataLoader on the same Parquet, and raylens.
 
 One machine, the same network, batch size, optimiser and threads, and each contestant in a process of its own; they take
-turns. Of raylens's epochs the first is left out, in which it reads, and of the loops the first steps. S3 is a SeaweedFS
+turns. All train for the same number of epochs, of which the first is left out. S3 is a SeaweedFS
 on this machine, whose cores it shares.
 """
 
@@ -39,8 +39,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8192)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 256])
     parser.add_argument("--networks", nargs="+", default=["n-cnn"])
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each loop")
-    parser.add_argument("--epochs", type=int, default=3, help="of each raylens run, the first not counted")
+    parser.add_argument("--epochs", type=int, default=4, help="the first of which is not counted")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
 
@@ -50,12 +49,16 @@ def main() -> None:
         for network in arguments.networks:
             for batch_size in arguments.batch_sizes:
                 task = (network, batch_size)
-                loops = {"plain loop": in_memory, "plain loop, DataLoader": with_loader}
+                loops = {
+                    "plain loop": (in_memory, False),
+                    "plain loop, DataLoader": (with_loader, False),
+                    "plain loop, laid out as raylens": (in_memory, True),
+                }
                 runs = {"raylens": (folder, 1), "raylens, S3": (bucket, 1), "raylens, two workers": (folder, 2)}
                 told: dict[str, list[dict[str, float]]] = defaultdict(list)
                 for repeat in range(arguments.repeats):
-                    for name, loop in loops.items():
-                        told[name].append(alone(run_loop, loop, data[folder], *task, arguments.seconds))
+                    for name, (loop, laid_out) in loops.items():
+                        told[name].append(alone(run_loop, loop, data[folder], *task, arguments.epochs, laid_out))
                     for name, (root, num_workers) in runs.items():
                         run = storage.join(root, f"{network}-{batch_size}-{num_workers}-{repeat}")
                         told[name].append(alone(run_raylens, data[root], run, *task, num_workers, arguments.epochs))
@@ -64,13 +67,13 @@ def main() -> None:
                     row = {key: median(turn[key] for turn in turns) for key in turns[0]}
                     facts.append({"network": network, "batch_size": batch_size, "name": name, **row})
                     print(
-                        f"{network:10} batch {batch_size:4}  {name:24} {row['images_per_second']:7,.0f} images/s  "
+                        f"{network:10} batch {batch_size:4}  {name:32} {row['images_per_second']:7,.0f} images/s  "
                         f"{row['images_per_second'] / plain:5.2f} of the plain loop  waiting {row['waiting']:6.2%}  "
                         f"first batch after {row['first']:5.1f} s",
                         flush=True,
                     )
         for num_threads in (1, NUM_CPUS):
-            rate = at_once(data[folder], num_threads, arguments.seconds)
+            rate = at_once(data[folder], num_threads)
             print(f"{NUM_CPUS} plain loops at once, threads of each: {num_threads}  {rate:7,.0f} images/s together")
             facts.append({"name": "at once", "num_threads": num_threads, "images_per_second": rate})
     print(json.dumps({"num_cpus": NUM_CPUS, "images": arguments.images, "rows": facts}))
@@ -83,42 +86,50 @@ def simulate(root: str, num_images: int) -> str:
 
 
 def run_loop(
-    loop: Any, uri: str, network: str, batch_size: int, seconds: float, num_threads: int = NUM_CPUS
+    loop: Any,
+    uri: str,
+    network: str,
+    batch_size: int,
+    epochs: int,
+    laid_out: bool = False,
+    num_threads: int = NUM_CPUS,
+    most_steps: int | None = None,
 ) -> dict[str, float]:
-    """Return the rate of a plain torch loop over what gives batches for ever."""
+    """Return the rate of a plain torch loop over what gives batches for ever; laid out: in raylens's memory layout."""
     torch.set_num_threads(num_threads)
     began = time.perf_counter()
     settings = recipes.paper_fixed().n_cnn if network == "n-cnn" else recipes.paper_fixed().alpha_cnn
     cnn = models.CNN(network, settings.model, num_pixels=60, target=UNSCALED, num_subhalos=UNSCALED)  # type: ignore[arg-type]
+    if laid_out:
+        learning.on_device(cnn, torch.device("cpu"), settings.training.precision)
     optimizer = learning.optimizer(cnn, settings.training)
     cnn.train()
-    batches = loop(Dataset.open(uri), models.TARGETS[network], batch_size)  # type: ignore[index]
-    num_images = 0
-    first, started, waited = 0.0, 0.0, 0.0
-    for step in range(1 << 30):
-        asked = time.perf_counter()
-        image_BHW, num_subhalos_B, target_B = next(batches)
-        now = time.perf_counter()
-        if step == 0:
-            first = now - began
-        if step == 5:  # by now all is warm
-            num_images, started, waited = 0, asked, 0.0
-        waited += now - asked
-        loss = (cnn(image_BHW, num_subhalos_B) - cnn.standardised(target_B)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        num_images += len(image_BHW)
-        if step >= 5 and time.perf_counter() - started > seconds:
-            break
-    spent = time.perf_counter() - started
-    return {"images_per_second": num_images / spent, "waiting": waited / spent, "first": first}
+    data = Dataset.open(uri)
+    batches = loop(data, models.TARGETS[network], batch_size)  # type: ignore[index]
+    num_steps = min(-(-data.num_images // batch_size), most_steps or data.num_images)
+    first, rates, waiting = 0.0, [], []
+    for _ in range(epochs):
+        started, waited = time.perf_counter(), 0.0
+        for _ in range(num_steps):
+            asked = time.perf_counter()
+            image_BHW, num_subhalos_B, target_B = next(batches)
+            now = time.perf_counter()
+            waited += now - asked
+            first = first or now - began
+            loss = (cnn(image_BHW, num_subhalos_B) - cnn.standardised(target_B)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        spent = time.perf_counter() - started
+        rates.append(num_steps * batch_size / spent)
+        waiting.append(waited / spent)
+    return {"images_per_second": median(rates[1:]), "waiting": median(waiting[1:]), "first": first}
 
 
-def at_once(uri: str, num_threads: int, seconds: float) -> float:
+def at_once(uri: str, num_threads: int) -> float:
     """Return the rate of as many plain loops as there are CPUs together: what threads that compete cost."""
     with ProcessPoolExecutor(NUM_CPUS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        task = (in_memory, uri, "n-cnn", 16, seconds, num_threads)
+        task = (in_memory, uri, "n-cnn", 16, 2, False, num_threads, 64)
         running = [pool.submit(run_loop, *task) for _ in range(NUM_CPUS)]
         return sum(one.result()["images_per_second"] for one in running)
 

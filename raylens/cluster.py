@@ -20,6 +20,12 @@ from raylens import storage
 
 logger = logging.getLogger(__name__)
 
+# Workers keep the memory that they free: a step of training asks for the same hundreds of megabytes again, and to have
+# them from the kernel anew, page by page, took a seventh of its time. Known to glibc alone, and ignored elsewhere.
+_KEEP_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+}
+
 SIMULATE = "raylens.simulate"  # the label of a node that says whether it simulates
 
 # Of what users of clusters mount on all nodes, as the kernel names it.
@@ -49,12 +55,16 @@ def connect() -> Resources:
     """
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        options: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "runtime_env": {"env_vars": _KEEP_MEMORY},
+        }
         try:
             if address:
-                ray.init(address=address, **quiet)
+                ray.init(address=address, **options)
             else:
-                ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+                ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)
         except ConnectionError as error:
             raise ConnectionError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from error
         _quieten()

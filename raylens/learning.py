@@ -19,6 +19,7 @@ from raylens.models import CNN
 
 # Images in a pass without gradients; on a CPU the layers of more would not stay in its caches.
 _NUM_AT_ONCE_GPU, _NUM_AT_ONCE_CPU = 512, 64
+_NUM_LANES = 16  # floats that a CPU computes at once (AVX-512)
 _NUM_STEPS_BEFORE_CAPTURE = 3  # in which libraries choose their kernels, and the optimiser makes its state
 
 
@@ -41,9 +42,24 @@ class Batch(NamedTuple):
     weight: float
 
 
+def compute_with(num_threads: int) -> None:
+    """Set how many threads this thread computes with, before it does, and that numbers below 1e-38 are zero to them.
+
+    The moments of weights whose gradient has become zero shrink to such numbers within a thousand
+    steps, and stay there; a CPU takes many times as long for them.
+    """
+    torch.set_num_threads(num_threads)
+    torch.set_flush_denormal(True)
+
+
 def on_device(network: CNN, device: torch.device, precision: Precision) -> CNN:
-    """Return the network where it is trained; for bfloat16 on a GPU in the layout of its tensor cores."""
-    if device.type == "cuda" and precision == "bfloat16":
+    """Return the network where it is trained, and laid out with its channels last where that is faster."""
+    if device.type == "cuda":
+        channels_last = precision == "bfloat16"  # of tensor cores
+    else:
+        # A quarter faster, but where a vector is not full torch's batch normalisation is several times slower.
+        channels_last = all(num % _NUM_LANES == 0 for num in network.num_filters)
+    if channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # documented, not in the stubs
     return network.to(device)
 

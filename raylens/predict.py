@@ -229,7 +229,7 @@ def _gather(
 
     def timed(batch: dict[str, np.ndarray]) -> pa.Table:
         began = time.process_time()
-        torch.set_num_threads(1)  # a task has one core
+        learning.compute_with(1)  # a task has one core
         table = predicted(batch["id"].tolist())
         share = (time.process_time() - began) / len(table)
         return table.append_column("cpu_seconds", pa.array(np.full(len(table), share)))

@@ -370,7 +370,7 @@ def _following(run: str, progress: Progress) -> Iterator[None]:
 
 def _train_worker(config: dict[str, Any]) -> str | None:
     """Train on this worker's share, in step with the others; return what made that impossible."""
-    torch.set_num_threads(config["num_threads"])
+    learning.compute_with(config["num_threads"])
     torch.backends.cudnn.deterministic = True  # or a resumed run would not be the one that was interrupted
     rank, fault = None, None
     try:

@@ -25,7 +25,7 @@ import torch
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
 from raylens import campaign as campaigns
-from raylens import cluster, models, shards, share, storage, train
+from raylens import cluster, learning, models, shards, share, storage, train
 from raylens import search as searches
 from raylens.board import CampaignBoard
 from raylens.campaign import Campaign, Tried
@@ -300,7 +300,7 @@ class _Trainable(ray.tune.Trainable):
     def setup(  # type: ignore[override]
         self, config: dict[str, Any], *, campaign: str, search: Search, card: models.Card, images: Any
     ) -> None:
-        torch.set_num_threads(1)  # a trial has one core, and on a GPU needs no more
+        learning.compute_with(1)  # a trial has one core, and on a GPU needs no more
         self.about, self.search = (campaign, card), search
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with warnings.catch_warnings():

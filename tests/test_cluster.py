@@ -2,8 +2,11 @@
 
 import json
 import os
+import platform
+import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +72,32 @@ def test_labels_decide_where_simulation_runs(tiny, tmp_path):
     ):
         assert num_made == 40
         assert [has_simulated(node) for node in started] == [False, True, False]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told to")
+def test_workers_keep_the_memory_that_they_free(ray_cluster):
+    """A step of training takes what the one before it has freed, in whichever thread it runs, and not new pages."""
+    import ray
+
+    @ray.remote
+    def new_pages() -> list[int]:
+        import torch
+
+        counts = []
+
+        def step() -> None:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(1 << 24)
+            counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+        for _ in range(4):
+            thread = threading.Thread(target=step)
+            thread.start()
+            thread.join()
+        return counts
+
+    first, *others = ray.get(new_pages.remote())
+    assert max(others) < first / 10
 
 
 def test_a_local_folder_is_refused_on_a_cluster_of_several_machines(tmp_path, cli):

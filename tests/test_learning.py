@@ -1,5 +1,6 @@
 """An epoch uses every row once, and the networks can learn."""
 
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ from raylens.config import Model, Training
 from raylens.metrics import Sums
 
 SMALL = Model(filters=(4,), kernel_size=3, dense=32, dropout=0.0)
-WITH_CHANCE = SMALL.override({"filters": [4, 8], "dropout": 0.25})
+WITH_CHANCE = SMALL.override({"filters": [16, 32], "dropout": 0.25})
 TRAINING = Training(num_epochs=3, learning_rate=1e-2, schedule="cosine")
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and here is none")
@@ -135,6 +136,43 @@ def test_a_checkpoint_holds_weights_and_moments_whatever_their_layout(tmp_path):
         torch.manual_seed(1)
         errors.append([step(batch).item() for _ in range(3)])
     assert errors[0] == errors[1]
+
+
+def test_numbers_that_are_all_but_zero_are_zero_in_every_thread():
+    """Moments decay to them, and a network with many idle weights then trains at half its rate."""
+
+    def nonzero() -> None:
+        learning.compute_with(2)
+        counts.append(int((torch.full((1 << 20,), 1e-39) * 0.5).view(torch.int32).count_nonzero()))
+
+    counts: list[int] = []
+    num_threads = torch.get_num_threads()
+    thread = threading.Thread(target=nonzero)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(num_threads)
+
+    assert counts == [0]
+
+
+@pytest.mark.parametrize(("filters", "last"), [([16, 32], True), ([8, 16], False)])
+def test_where_the_channels_lie_changes_no_result(filters, last):
+    """On a CPU they lie last where they fill vectors."""
+    cnns = []
+    for laid_out in (True, False):
+        torch.manual_seed(0)
+        cnn = network("alpha-cnn", SMALL.override({"filters": filters}), num_pixels=12)
+        cnns.append(learning.on_device(cnn, torch.device("cpu"), "float32") if laid_out else cnn)
+    assert cnns[0].features[5].weight.is_contiguous() is not last
+
+    errors = []
+    for cnn in cnns:
+        step = learning.Step(cnn, cnn, learning.optimizer(cnn, TRAINING))
+        errors.append([step(learning.Batch(block(32), 1 / 32)).item() for _ in range(5)])
+    predictions = [learning.predict(cnn, *block(32)[:2]) for cnn in cnns]
+
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+    assert torch.allclose(*predictions, rtol=1e-3, atol=1e-4)
 
 
 @needs_gpu
