@@ -103,7 +103,7 @@ def _in_short(record: Campaign) -> Iterator[str]:
 
 
 def _of_reference(record: Campaign, best: Tried) -> str:
-    whose = f"the recipe {page.text(record.search.recipe)}, which begins where the paper ended,"
+    whose = f"the recipe {page.text(record.search.recipe)}"
     if record.reference is None:
         return f"The settings of {whose} are not in this space."
     rank = record.reference_rank()
@@ -141,7 +141,7 @@ def _leaderboard(record: Campaign) -> Iterator[str]:
         rows.append(
             f"<tr{kind}><td>{rank}</td><td>{page.text(trial.id)}{whose}</td>{settings}<td>{trial.epochs}</td>"
             f"<td>{trial.epoch}</td>{page.cell(trial.metric, digits, 'ours')}"
-            f"<td>{page.duration(trial.seconds)}</td></tr>"
+            f'<td class="time">{page.duration(trial.seconds)}</td></tr>'
         )
     shown, rest = rows[:_NUM_SHOWN], rows[_NUM_SHOWN:]
     if shown:
