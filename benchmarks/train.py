@@ -1,8 +1,8 @@
 """Training, side by side: a plain torch loop, the same over a DataLoader on the same Parquet, and raylens.
 
 One machine, the same network, batch size, optimiser and threads, and each contestant in a process of its own; they take
-turns. All train for the same number of epochs, of which the first is left out. S3 is a SeaweedFS
-on this machine, whose cores it shares.
+turns. All train for the same number of epochs, of which the first is left out. S3 is a SeaweedFS on this machine, whose
+cores it shares.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -93,7 +94,7 @@ def run_loop(
     epochs: int,
     laid_out: bool = False,
     num_threads: int = NUM_CPUS,
-    most_steps: int | None = None,
+    most_steps: int = sys.maxsize,
 ) -> dict[str, float]:
     """Return the rate of a plain torch loop over what gives batches for ever; laid out: in raylens's memory layout."""
     torch.set_num_threads(num_threads)
@@ -106,10 +107,10 @@ def run_loop(
     cnn.train()
     data = Dataset.open(uri)
     batches = loop(data, models.TARGETS[network], batch_size)  # type: ignore[index]
-    num_steps = min(-(-data.num_images // batch_size), most_steps or data.num_images)
+    num_steps = min(-(-data.num_images // batch_size), most_steps)
     first, rates, waiting = 0.0, [], []
     for _ in range(epochs):
-        started, waited = time.perf_counter(), 0.0
+        started, waited, num_images = time.perf_counter(), 0.0, 0
         for _ in range(num_steps):
             asked = time.perf_counter()
             image_BHW, num_subhalos_B, target_B = next(batches)
@@ -120,8 +121,9 @@ def run_loop(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            num_images += len(image_BHW)
         spent = time.perf_counter() - started
-        rates.append(num_steps * batch_size / spent)
+        rates.append(num_images / spent)
         waiting.append(waited / spent)
     return {"images_per_second": median(rates[1:]), "waiting": median(waiting[1:]), "first": first}
 

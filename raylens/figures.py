@@ -64,6 +64,8 @@ def data_uri(figure: Figure) -> str:
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Return what draws a figure so that it draws it in the style of all of them."""
+
     @wraps(draw)
     def drawn(*arguments: Any, **keywords: Any) -> Figure:
         with mpl.rc_context(_STYLE):

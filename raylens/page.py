@@ -16,11 +16,15 @@ from matplotlib.figure import Figure
 from raylens import figures
 
 
-def fill(frame: str, **parts: str) -> str:
-    """Return a page: one of the frames beside this file, with its parts in their places."""
+def fill(frame: str, *, title: str, **parts: str) -> str:
+    """Return a page whose body is one of the frames beside this file, with its parts in their places."""
     folder = files("raylens")
-    template = Template(folder.joinpath(frame).read_text(encoding="utf-8"))
-    return template.substitute(parts, style=folder.joinpath("page.css").read_text(encoding="utf-8"))
+
+    def filled(name: str, **parts: str) -> str:
+        return Template(folder.joinpath(name).read_text(encoding="utf-8")).substitute(parts)
+
+    style = folder.joinpath("page.css").read_text(encoding="utf-8")
+    return filled("page.html", title=title, style=style, body=filled(frame, title=title, **parts))
 
 
 def drawing(figure: Figure, title: str, caption: str, alt: str) -> str:

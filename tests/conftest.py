@@ -220,3 +220,17 @@ def _wait_for_bucket(server: subprocess.Popen, log: Path) -> None:
         if server.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
         time.sleep(0.1)
+
+
+@pytest.fixture
+def undrawn(request, monkeypatch) -> None:
+    """Leave out the pixels of the figures of a page, which take seconds, unless a test asks for `drawn`."""
+    if "drawn" not in request.fixturenames:
+        from raylens import figures
+
+        monkeypatch.setattr(figures, "data_uri", lambda figure: "data:image/svg+xml;base64,")
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Asked for by a test that is about the figures."""

@@ -8,7 +8,6 @@ import pytest
 from pages import Page, shown
 from test_cli import assert_refused
 
-from raylens import figures
 from raylens.campaign import Campaign, Tried
 from raylens.config import Search
 from raylens.findings import findings
@@ -24,16 +23,7 @@ REFERENCE = {"optimizer": "nadam", "learning_rate": 1e-4, "batch_size": 16, "ker
 EFFECT = {1e-4: 10.0, 1e-3: 40.0, 1e-2: 160.0}  # of the learning rate; all else matters little
 
 
-@pytest.fixture(autouse=True)
-def undrawn(request, monkeypatch):
-    """Leave out the pixels of the figures, which take seconds, unless a test is about them."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(figures, "data_uri", lambda figure: "data:image/svg+xml;base64,")
-
-
-@pytest.fixture
-def drawn():
-    """Asked for by a test that is about the figures."""
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def tried(number, config, values, status="completed", reason=None):

@@ -14,7 +14,7 @@ from raylens.config import Model, Training
 from raylens.metrics import Sums
 
 SMALL = Model(filters=(4,), kernel_size=3, dense=32, dropout=0.0)
-WITH_CHANCE = SMALL.override({"filters": [16, 32], "dropout": 0.25})
+WITH_CHANCE = SMALL.override({"filters": [4, 8], "dropout": 0.25})
 TRAINING = Training(num_epochs=3, learning_rate=1e-2, schedule="cosine")
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and here is none")
@@ -62,10 +62,10 @@ def test_only_the_networks_arithmetic_is_rounded_to_bfloat16():
 class Trained:
     """A network in training, on some device and under some setting, with the errors of its steps so far."""
 
-    def __init__(self, device: str, *, graph: bool, training: Training = TRAINING) -> None:
+    def __init__(self, device: str, *, graph: bool, training: Training = TRAINING, model: Model = WITH_CHANCE) -> None:
         torch.manual_seed(0)
         self.training, self.device = training, torch.device(device)
-        self.cnn = learning.on_device(network("alpha-cnn", WITH_CHANCE, num_pixels=12), self.device, training.precision)
+        self.cnn = learning.on_device(network("alpha-cnn", model, num_pixels=12), self.device, training.precision)
         self.steps = learning.optimizer(self.cnn, training)
         self.step = learning.Step(self.cnn, self.cnn, self.steps, precision=training.precision, graph=graph)
 
@@ -94,10 +94,14 @@ def to_the_digit(monkeypatch) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adam", "nadam"])
-def test_a_training_goes_on_from_a_checkpoint_to_the_digit(tmp_path, to_the_digit, device, precision, optimizer):
+@pytest.mark.parametrize("filters", [[4, 8], [16, 32]])
+def test_a_training_goes_on_from_a_checkpoint_to_the_digit(
+    tmp_path, to_the_digit, device, precision, optimizer, filters
+):
     """Weights, moments and random numbers are in it, wherever they were, and captured steps begin anew."""
     training = TRAINING.override({"precision": precision, "optimizer": optimizer})
-    whole, begun = (Trained(device, graph=device == "cuda", training=training) for _ in range(2))
+    model = WITH_CHANCE.override({"filters": filters})
+    whole, begun = (Trained(device, graph=device == "cuda", training=training, model=model) for _ in range(2))
     errors = [whole.epoch(epoch) for epoch in (1, 2, 3)]
     for epoch in (1, 2):
         begun.epoch(epoch)
@@ -108,7 +112,7 @@ def test_a_training_goes_on_from_a_checkpoint_to_the_digit(tmp_path, to_the_digi
     checkpoint.save_random_state(str(tmp_path), 0)
     torch.manual_seed(99)
 
-    resumed = Trained(device, graph=device == "cuda", training=training)
+    resumed = Trained(device, graph=device == "cuda", training=training, model=model)
     position = checkpoint.restore(str(tmp_path), resumed.cnn, resumed.steps, rank=0, world_size=1)
     rest = resumed.epoch(3, position.step, seeded=False)
 
