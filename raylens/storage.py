@@ -8,6 +8,7 @@ in the end is one StorageError that says where and why, and holds no secret.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
@@ -155,7 +156,7 @@ def _write_if(uri: str, content: bytes, standing: bytes | None, writer: str) -> 
     if is_s3(uri):
         return _put_if(file_system, path, content, standing, writer)
     with _beside(path, content) as beside:
-        return (standing is None or _set_aside(path, standing)) and _link(beside, path)
+        return _link(beside, path) if standing is None else _exchange(beside, path, standing)
 
 
 @_persistent
@@ -313,24 +314,20 @@ def _link(beside: str, path: str) -> bool:
     return True
 
 
-def _set_aside(path: str, standing: bytes) -> bool:
-    """Take away a file if it is `standing`, and return whether it was; another process may have replaced it."""
-    aside = _name_beside(path)
+def _exchange(beside: str, path: str, standing: bytes) -> bool:
+    """Put a file in the place of `standing`, and return whether that stood there; readers find one or the other.
+
+    The file that is to go is itself the lock, so that a process that is killed leaves none behind.
+    """
     try:
-        with open(path, "rb") as file:
-            if file.read() != standing:
+        with open(path, "r+b") as file:  # NFS locks only what may be written
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)) or file.read() != standing:
                 return False
-        os.rename(path, aside)  # only one process can have it
+            os.replace(beside, path)
     except FileNotFoundError:
         return False
-    try:
-        with open(aside, "rb") as file:
-            if file.read() == standing:
-                return True
-        _link(aside, path)
-        return False
-    finally:
-        os.remove(aside)
+    return True
 
 
 def _put_if(file_system: Any, path: str, content: bytes, standing: bytes | None, writer: str) -> bool:

@@ -62,6 +62,29 @@ def test_of_many_conditional_writers_at_once_one_succeeds(root, standing):
     assert storage.names(root) == {"file", "other"}
 
 
+def test_a_file_that_is_exchanged_is_never_missing(root):
+    """Another run may read a dataset's plan at any moment, and may be killed at any moment."""
+    uri = storage.join(root, "file")
+    storage.write(uri, b"0")
+    over = threading.Event()
+
+    def look() -> set[bytes | None]:
+        found = {storage.read_if_there(uri)}
+        while not over.is_set():
+            found.add(storage.read_if_there(uri))
+        return found
+
+    with ThreadPoolExecutor(2) as readers:
+        looks = [readers.submit(look) for _ in range(2)]
+        try:
+            exchanged = [storage.write_if(uri, b"%d" % (k + 1), standing=b"%d" % k) for k in range(100)]
+        finally:
+            over.set()
+
+    assert all(exchanged)
+    assert set.union(*(look.result() for look in looks)) <= {b"%d" % k for k in range(101)}
+
+
 def test_a_conditional_write_leaves_what_it_did_not_expect(root):
     """A sound shard that another run has put there is never replaced."""
     uri = storage.join(root, "file")
