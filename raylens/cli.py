@@ -26,6 +26,7 @@ from raylens import __version__, recipes, storage
 from raylens.campaign import Campaign
 from raylens.config import Network as NetworkSettings
 from raylens.config import Simulation, check_key
+from raylens.search import spelled_out
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -562,21 +563,24 @@ class _Leaderboard:
         counted = f"{num_ended} of {campaign.num_trials} trials"
         far = f"{campaign.search.name}  {counted}  {_duration(campaign.seconds)}  {busy}"
         if self.live:
-            self.live.update(self._table(campaign, far))
+            self.live.update(self.table(campaign, far))
         elif num_ended > self.num_told and not _Talk.quiet:
             self.num_told = num_ended
             best = campaign.best
             found = f"best {campaign.search.metric} {best.metric:.4g}, trial {best.id}" if best else "no epoch yet"
             print(f"{far}  {found}", file=sys.stderr, flush=True)
 
-    def _table(self, campaign: Campaign, title: str) -> Table:
-        table = Table(title=title, title_justify="left")
-        for name in ("trial", *campaign.search.values, "status", "epochs", campaign.search.metric):
-            table.add_column(name)
+    def table(self, campaign: Campaign, title: str) -> Table:
+        """Return the best trials and those that have only begun, in 80 columns for the paper's spaces."""
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+        shown = {trial.id: spelled_out(campaign.search, trial.config) for trial in campaign.trials}
+        names = dict.fromkeys(name for settings in shown.values() for name in settings)
+        for name in ("trial", *names, "status", "epochs", campaign.search.metric):
+            table.add_column(name.replace("_", "\n"), overflow="fold")
         running = [trial for trial in campaign.trials if trial.status == "running"]
         for trial in [*campaign.ranked()[:10], *(trial for trial in running if trial.metric is None)]:
             metric = _number(trial.metric, ".4g")
-            table.add_row(trial.id, *map(str, trial.config.values()), trial.status, str(trial.epochs), metric)
+            table.add_row(trial.id, *map(str, shown[trial.id].values()), trial.status, str(trial.epochs), metric)
         return table
 
 

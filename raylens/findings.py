@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from raylens import figures, page
 from raylens.campaign import Campaign, Tried
-from raylens.search import Configuration, Space
+from raylens.search import Configuration, Space, searched, spelled_out
 
 _NUM_SHOWN = 20  # trials of the leaderboard that are seen at once
 _NUM_CURVES = 5  # that have a colour
@@ -57,11 +57,6 @@ def _digits(record: Campaign) -> int:
     return 1 if (record.search.network, record.search.metric) == ("n-cnn", "validation_rmse") else 4
 
 
-def _searched(record: Campaign) -> list[str]:
-    """Return the hyper-parameters that have more than one value."""
-    return [name for name, values in record.search.values.items() if len(values) > 1]
-
-
 def _comparable(record: Campaign) -> list[tuple[Tried, float]]:
     """Return the trials that had the least number of epochs, with their metric at that time, the best first."""
     least = record.search.epochs[0]
@@ -70,13 +65,8 @@ def _comparable(record: Campaign) -> list[tuple[Tried, float]]:
 
 
 def _described(record: Campaign, config: Configuration) -> str:
-    """Return the settings that are searched, in words; the layers as their filters."""
-    told = {name: page.setting(config[name]) for name in _searched(record)}
-    if "num_layers" in config:
-        num_layers, filters, growth = (int(config[name]) for name in ("num_layers", "filters", "growth"))
-        told = {name: value for name, value in told.items() if name not in ("num_layers", "filters", "growth")}
-        told["filters"] = "-".join(str(filters * growth**layer) for layer in range(num_layers))
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items())
+    settings = spelled_out(record.search, config).items()
+    return ", ".join(f"{page.text(name.replace('_', ' '))} {page.setting(value)}" for name, value in settings)
 
 
 def _in_short(record: Campaign) -> Iterator[str]:
@@ -153,7 +143,7 @@ def _leaderboard(record: Campaign) -> Iterator[str]:
 
 
 def _parallel_coordinates(record: Campaign) -> Iterator[str]:
-    if len(record.ranked()) < 2 or not _searched(record):
+    if len(record.ranked()) < 2 or not searched(record.search):
         return
     yield page.drawing(
         parallel_coordinates(record),
@@ -166,7 +156,7 @@ def _parallel_coordinates(record: Campaign) -> Iterator[str]:
 
 def _effects(record: Campaign) -> Iterator[str]:
     comparable, digits, metric = _comparable(record), _digits(record), _metric_name(record)
-    if not comparable or not _searched(record):
+    if not comparable or not searched(record.search):
         return
     yield page.drawing(
         marginal_effects(record),
@@ -177,7 +167,7 @@ def _effects(record: Campaign) -> Iterator[str]:
     )
     importances = _importances(record)
     rows = []
-    for name in _searched(record):
+    for name in searched(record.search):
         for place, value in enumerate(record.search.values[name]):
             values = [metric for trial, metric in comparable if trial.config[name] == value]
             low, middle, high = _quartiles(values)
@@ -219,7 +209,7 @@ def _quartiles(values: list[float]) -> tuple[float | None, float | None, float |
 def _importances(record: Campaign) -> dict[str, float]:
     """Return the share of each hyper-parameter in how the metric varies, the largest first; none of too few trials."""
     comparable = _comparable(record)
-    if len(comparable) < _LEAST_TRIALS or not _searched(record):
+    if len(comparable) < _LEAST_TRIALS or not searched(record.search):
         return {}
     import optuna
 
@@ -232,7 +222,7 @@ def _importances(record: Campaign) -> dict[str, float]:
             )
         )
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=record.search.seed)
-    told = optuna.importance.get_param_importances(study, evaluator=evaluator, params=_searched(record))
+    told = optuna.importance.get_param_importances(study, evaluator=evaluator, params=searched(record.search))
     return {name: float(share) for name, share in told.items()}
 
 
@@ -307,7 +297,7 @@ def _provenance(record: Campaign) -> Iterator[str]:
 @figures.styled
 def parallel_coordinates(record: Campaign) -> Figure:
     """A line for each trial, through its values and to its metric."""
-    ranked, names = record.ranked(), _searched(record)
+    ranked, names = record.ranked(), searched(record.search)
     figure = Figure(figsize=(figures.WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     metrics = np.log([trial.metric for trial in ranked])  # type: ignore[arg-type]
@@ -356,7 +346,7 @@ def _tick(value: int | float | str) -> str:
 @figures.styled
 def marginal_effects(record: Campaign) -> Figure:
     """The metric after the epochs that every trial was given, by value of each hyper-parameter."""
-    comparable, names = _comparable(record), _searched(record)
+    comparable, names = _comparable(record), searched(record.search)
     num_columns = min(len(names), 4)
     num_rows = math.ceil(len(names) / num_columns)
     figure = Figure(figsize=(figures.WIDTH * num_columns / 4, 2.3 * num_rows), layout="constrained")

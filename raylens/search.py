@@ -126,9 +126,13 @@ def network_of(search: Search, base: Network, configuration: Configuration) -> N
         SEARCHED_FIELDS[name]: value for name, value in configuration.items() if name not in LAYERS
     }
     if "num_layers" in configuration:
-        num_layers, first, growth = (int(configuration[name]) for name in LAYERS)
-        changes["model.filters"] = [first * growth**layer for layer in range(num_layers)]
+        changes["model.filters"] = _filters(configuration)
     return base.override({**changes, "training.num_epochs": search.epochs[1]})
+
+
+def _filters(configuration: Configuration) -> list[int]:
+    num_layers, first, growth = (int(configuration[name]) for name in LAYERS)
+    return [first * growth**layer for layer in range(num_layers)]
 
 
 def configuration_of(search: Search, network: Network) -> Configuration:
@@ -138,6 +142,20 @@ def configuration_of(search: Search, network: Network) -> Configuration:
     known = {name: getattr(getattr(network, key.split(".")[0]), name) for name, key in SEARCHED_FIELDS.items()}
     known |= dict(zip(LAYERS, layers, strict=True))
     return {name: known[name] for name in search.values}
+
+
+def searched(search: Search) -> list[str]:
+    """Return the hyper-parameters that have more than one value."""
+    return [name for name, values in search.values.items() if len(values) > 1]
+
+
+def spelled_out(search: Search, configuration: Configuration) -> Configuration:
+    """Return the values of what is searched, the layers as their filters: 16-32-64."""
+    names = searched(search)
+    values = {name: configuration[name] for name in names if name not in LAYERS}
+    if not set(names).isdisjoint(LAYERS):
+        values["filters"] = "-".join(map(str, _filters(configuration)))
+    return values
 
 
 def configurations(search: Search, base: Network, *, num_pixels: int) -> tuple[list[Configuration], dict[str, int]]:

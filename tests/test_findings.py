@@ -1,16 +1,20 @@
 """The page of a campaign: whether what it says is what the record says, and follows from it."""
 
+import io
 import itertools
 import json
 import re
 
 import pytest
 from pages import Page, shown
+from rich.console import Console
 from test_cli import assert_refused
 
 from raylens.campaign import Campaign, Tried
+from raylens.cli import _Leaderboard
 from raylens.config import Search
 from raylens.findings import findings
+from raylens.search import load
 
 EPOCHS = (2, 8)
 VALUES = {
@@ -87,6 +91,22 @@ def campaign(**changes) -> Campaign:
 def text(page: str) -> str:
     """What a person reads, in one line."""
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", page))
+
+
+def test_the_leaderboard_of_the_papers_space_fits_a_terminal():
+    """Cells that are cut cannot be told apart."""
+    space = load("paper-n-cnn")
+    longest = {name: max(values, key=lambda value: len(str(value))) for name, values in space.values.items()}
+    configs = [{**longest, "num_layers": num_layers, "filters": 8, "growth": 2} for num_layers in (5, 4)]
+    record = campaign(search=space, trials=[tried(k, configs[k], [21.34567 + k]) for k in range(2)], reference=None)
+    console = Console(width=80, file=io.StringIO())
+
+    console.print(_Leaderboard().table(record, "how far it is"))
+
+    told = console.file.getvalue()
+    assert "…" not in told
+    row = ["00001", "nadam", "0.0001", "16", "11", "8-16-32-64", "completed", "1", "22.35"]
+    assert [line.split() for line in told.splitlines()][-1] == row
 
 
 def test_the_leaderboard_is_the_record_best_first():

@@ -221,6 +221,15 @@ def test_optuna_learns_from_what_it_is_told():
     assert np.mean(found) < by_chance
 
 
+def test_what_is_searched_is_spelled_out_with_the_layers_as_their_filters():
+    """Nobody should have to work out what 3 layers, filters 16 and growth 2 are."""
+    space = layers(optimizer=["adam"], kernel_size=[3, 5])
+    configuration = {"num_layers": 2, "filters": 4, "growth": 2, "optimizer": "adam", "kernel_size": 3}
+
+    assert search.spelled_out(space, configuration) == {"kernel_size": 3, "filters": "4-8"}
+    assert search.spelled_out(small(kernel_size=[3, 5]), {"kernel_size": 5}) == {"kernel_size": 5}
+
+
 def test_a_network_is_what_its_recipe_says_but_for_what_is_searched():
     """A campaign on dropout alone leaves the layers as they are."""
     space = small(dropout=[0.0, 0.5])
