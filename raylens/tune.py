@@ -22,6 +22,9 @@ import pyarrow.fs
 import ray
 import ray.tune
 import torch
+from ray.air.execution._internal import actor_manager
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune.execution import tune_controller
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
 from raylens import campaign as campaigns
@@ -45,6 +48,11 @@ _MUTATED = ("learning_rate", "batch_size", "dropout")  # what a training may cha
 _EPOCHS_BETWEEN_MUTATIONS = 2
 _NEVER = 1e30  # a metric that ranks after all others, and can be interpolated
 _MAX_FAILURES = 2  # of a trial's process or node; what fails by itself fails again
+
+# Ray's controller knows a process that has died by a RayActorError, but one that Ray has ended for memory by an
+# OutOfMemoryError, for which it would end the campaign (2.60).
+for module in (actor_manager, tune_controller):
+    vars(module)["RayActorError"] = (RayActorError, OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -375,6 +383,14 @@ def _explanation(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())} ({os.path.basename(where.filename)}:{where.lineno})"
 
 
+def _last_failure(trial: Any) -> str:
+    """Return why the process of a trial failed, in a line; Ray keeps what it was told of each failure in a file."""
+    with open(trial.error_file) as file:
+        _, *lines = file.read().rpartition("Failure # ")[2].strip().splitlines()
+    raised = any(line.startswith("Traceback") for line in lines)
+    return lines[-1 if raised else 0]
+
+
 class _Proposer(ray.tune.search.Searcher):
     """Gives Ray Tune the trials that had not ended, and then what is proposed."""
 
@@ -487,9 +503,7 @@ class _Watch(ray.tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         known = self.trials[str(trial)]
-        lines = str(trial.get_error() or "its process died").strip().splitlines()
-        reason = lines[-1]  # of a traceback the last says what was raised
-        self._change(known, status="failed", reason=reason)
+        self._change(known, status="failed", reason=_last_failure(trial))
         self._end(known.id)
 
     def finish(self) -> None:

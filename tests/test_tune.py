@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,6 +125,31 @@ def test_what_fails_is_recorded_with_its_reason_and_ends_nothing(data, tmp_path,
     assert "memory" in status[1e-3, 1 << 45][1]
     assert (tuned.num_trials, tuned.num_failed) == (4, 3)
     assert tuned.best["config"] == record.trials[0].config
+
+
+@pytest.mark.slow  # it takes gigabytes
+def test_a_trial_that_ray_ends_for_memory_is_recorded_and_ends_nothing(data, tmp_path, cli):
+    """Before the system does; the others have their turn."""
+    file, campaign = tmp_path / "space.json", tmp_path / "campaign"
+    values = {"learning_rate": [1e-3, 1e-4], "batch_size": [16], "num_layers": [1], "filters": [4]}
+    file.write_text(json.dumps(space(dense=[16, 6_000_000], **values).as_dict()))
+    memory = {
+        name.rstrip(":"): int(kB) for name, kB, *_ in map(str.split, Path("/proc/meminfo").read_text().splitlines())
+    }
+    left = memory["MemAvailable"] - 3_500_000  # 6 million times 144 weights are as much
+
+    ran = cli(
+        *("tune", str(file), "--data", data.uri, "--to", str(campaign), "--searcher", "grid"),
+        RAY_memory_usage_threshold=f"{1 - left / memory['MemTotal']:.4f}",
+    )
+
+    assert ran.returncode == 0, ran.stderr
+    for trial in read(campaign).trials:
+        if trial.config["dense"] == 16:
+            assert trial.status == "completed"
+        else:
+            assert trial.status == "failed"
+            assert re.search(r"^\d worker\(s\) were killed due to the node running low on memory", trial.reason)
 
 
 def test_a_trial_whose_process_is_killed_is_taken_up_again(data, tmp_path, ray_cluster):
