@@ -12,8 +12,8 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from raylens import recipes, storage
-from raylens.config import Experiment, Search, Settings, Simulation
-from raylens.search import Configuration, Searcher, base_network, network_of
+from raylens.config import Experiment, Network, Search, Settings, Simulation
+from raylens.search import Configuration, Searcher, network_of
 
 
 class Tried(Settings):
@@ -35,6 +35,7 @@ class Campaign(Settings):
 
     search: Search
     searcher: Searcher
+    base: Network  # the recipe's settings, which hold for what is not searched
     num_trials: int  # that it ends with
     dataset: str  # URI
     dataset_digest: str
@@ -103,7 +104,7 @@ def best_so_far(values: Iterable[float]) -> list[float]:
 def winning_recipe(record: Campaign, simulation: Simulation, recipe: str) -> dict[str, Any]:
     """Return the recipe file that trains the best network at full length."""
     assert record.best is not None
-    base = recipes.load(recipe) if recipe in recipes.RECIPES else Experiment(name=recipe, simulation=simulation)
-    network = network_of(record.search, base_network(record.search), record.best.config)
+    known = recipes.load(recipe) if recipe in recipes.RECIPES else Experiment(name=recipe, simulation=simulation)
+    network = network_of(record.search, record.base, record.best.config)
     field = "n_cnn" if record.search.network == "n-cnn" else "alpha_cnn"
-    return {**base.as_dict(), field: network.as_dict()}
+    return {**known.as_dict(), "simulation": simulation.as_dict(), field: network.as_dict()}

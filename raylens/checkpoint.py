@@ -63,13 +63,18 @@ def restore(folder: str, network: nn.Module, steps: torch.optim.Optimizer, *, ra
     return Position(position.history, world_size)
 
 
-def packed(network: nn.Module, steps: torch.optim.Optimizer, position: Position) -> bytes:
+def packed(network: nn.Module, steps: torch.optim.Optimizer, position: Position, settings: dict[str, Any]) -> bytes:
     """Return what one process needs to go on from the end of an epoch, as one safetensors file."""
     tensors = {
         **{f"model.{name}": value for name, value in _weights(network).items()},
         **{f"optimizer.{name}": value for name, value in _moments(steps).items()},
     }
-    return safetensors.torch.save(tensors, {"position": json.dumps(asdict(position))})
+    return safetensors.torch.save(tensors, {"position": json.dumps(asdict(position)), "settings": json.dumps(settings)})
+
+
+def settings_of(content: bytes) -> dict[str, Any]:
+    """Return the settings of what `packed` returned."""
+    return json.loads(_metadata(content)["settings"])
 
 
 def unpack(content: bytes, network: nn.Module, steps: torch.optim.Optimizer) -> Position:
@@ -81,8 +86,12 @@ def unpack(content: bytes, network: nn.Module, steps: torch.optim.Optimizer) -> 
         groups[group][name] = value
     network.load_state_dict(groups["model"])
     _load_moments(steps, groups["optimizer"])
+    return Position(**json.loads(_metadata(content)["position"]))
+
+
+def _metadata(content: bytes) -> dict[str, str]:
     length = int.from_bytes(content[:8], "little")  # of the header, where safetensors keeps what is no tensor
-    return Position(**json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["position"]))
+    return json.loads(content[8 : 8 + length])["__metadata__"]
 
 
 def _weights(network: nn.Module) -> dict[str, torch.Tensor]:

@@ -43,8 +43,8 @@ class Settings(BaseModel):
     def parse(cls, values: dict[str, Any]) -> Self:
         """Return the settings that a nested dictionary describes; ValueError with one line if it cannot."""
         try:
-            # By way of JSON, where a tuple is a list and 1 is also 1.0, but "1" is neither.
-            return cls.model_validate_json(json.dumps(values))
+            # By way of JSON, where a tuple is a list and 1 is also 1.0, but "1" is neither; TOML's dates are words.
+            return cls.model_validate_json(json.dumps(values, default=str))
         except ValidationError as error:
             raise ValueError(explain(error, cls)) from None
 

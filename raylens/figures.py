@@ -55,12 +55,17 @@ SLOPES = (-2.4, -2.0, -1.6)
 _Curves = dict[float | None, dict[str, float | None]]  # alpha (None: varied) -> the paper's measures
 
 
-def data_uri(figure: Figure) -> str:
-    """Return a figure as SVG in a data URI; what is dense in it is a bitmap inside."""
+def svg(figure: Figure) -> bytes:
+    """Return a figure as SVG; what is dense in it is a bitmap inside."""
     with mpl.rc_context(_STYLE):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def data_uri(figure: Figure) -> str:
+    """Return a figure as SVG in a data URI."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode()
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:

@@ -83,8 +83,8 @@ SPACES: dict[str, Callable[[], Search]] = {
 def load(space: str) -> Search:
     """Return the search that a space's name or a file (TOML or JSON) describes.
 
-    A file holds a Search, in full or as the changes to the space that it names as its `base`; `values`
-    replaces the base's as a whole.
+    A file holds a Search, in full or as the changes to the named space that is its `base`; `values` replaces
+    the base's as a whole.
 
     Raises
     ------
@@ -105,7 +105,9 @@ def load(space: str) -> Search:
     if not isinstance(values, dict):
         raise ValueError(f"{space} must hold a table of settings, as `raylens tune smoke --print-space` prints it.")
     base = values.pop("base", None)
-    return Search.parse(values if base is None else {**load(base).as_dict(), **values})
+    if base not in (None, *SPACES):
+        raise ValueError(f"{space}: base must be one of {', '.join(SPACES)}; got {base!r}.")
+    return Search.parse(values if base is None else {**SPACES[base]().as_dict(), **values})
 
 
 def base_network(search: Search) -> Network:
@@ -135,13 +137,15 @@ def _filters(configuration: Configuration) -> list[int]:
     return [first * growth**layer for layer in range(num_layers)]
 
 
-def configuration_of(search: Search, network: Network) -> Configuration:
-    """Return a network's settings as a configuration of the space, whether or not its values are among those tried."""
-    filters = network.model.filters
-    layers = (len(filters), filters[0], filters[1] // filters[0] if len(filters) > 1 else 1)
+def configuration_of(search: Search, network: Network, possible: list[Configuration]) -> Configuration | None:
+    """Return which of the configurations that are possible a network's settings are; None if none of them."""
     known = {name: getattr(getattr(network, key.split(".")[0]), name) for name, key in SEARCHED_FIELDS.items()}
-    known |= dict(zip(LAYERS, layers, strict=True))
-    return {name: known[name] for name in search.values}
+    for configuration in possible:
+        if all(known[name] == value for name, value in configuration.items() if name not in LAYERS) and (
+            "num_layers" not in configuration or tuple(_filters(configuration)) == network.model.filters
+        ):
+            return configuration
+    return None
 
 
 def searched(search: Search) -> list[str]:

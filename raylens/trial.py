@@ -50,11 +50,11 @@ class Trial:
         kept = storage.read_if_there(storage.join(place, CHECKPOINT))
         if kept is not None:
             try:
-                self.restore(kept)
-            except (RuntimeError, KeyError, safetensors.SafetensorError) as error:
-                raise ValueError(
-                    f"{storage.join(place, CHECKPOINT)} is broken, or of another network: {str(error).splitlines()[0]}"
-                ) from None
+                # One of a population becomes another network, for which what it had learnt is of no use.
+                if checkpoint.settings_of(kept) == self.settings:
+                    self.restore(kept)
+            except (RuntimeError, KeyError, ValueError, safetensors.SafetensorError) as error:
+                raise ValueError(f"{storage.join(place, CHECKPOINT)} is broken: {str(error).splitlines()[0]}") from None
         self.saved = time.monotonic()
 
     @property
@@ -117,9 +117,14 @@ class Trial:
             graph=self.device.type == "cuda",
         )
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must be the same of a training that goes on from a checkpoint of this one."""
+        return {"model": self.card.model.as_dict(), "optimizer": self.card.training.optimizer}
+
     def packed(self) -> bytes:
         """Return what another process needs to go on from here."""
-        return checkpoint.packed(self.network, self.steps, self.position)
+        return checkpoint.packed(self.network, self.steps, self.position, self.settings)
 
     def restore(self, content: bytes) -> None:
         """Go on from what `packed` returned."""

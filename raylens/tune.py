@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import time
 import traceback
 import warnings
@@ -49,11 +51,6 @@ _EPOCHS_BETWEEN_MUTATIONS = 2
 _NEVER = 1e30  # a metric that ranks after all others, and can be interpolated
 _MAX_FAILURES = 2  # of a trial's process or node; what fails by itself fails again
 
-# Ray's controller knows a process that has died by a RayActorError, but one that Ray has ended for memory by an
-# OutOfMemoryError, for which it would end the campaign (2.60).
-for module in (actor_manager, tune_controller):
-    vars(module)["RayActorError"] = (RayActorError, OutOfMemoryError)
-
 
 @dataclass(frozen=True)
 class Tuned:
@@ -91,7 +88,7 @@ def tune(
     ----------
     num_trials
         How many trials the campaign ends with: at most as many as there are configurations. Without it the grid tries
-        all of them.
+        all of them, and a campaign that goes on as many as it was begun with.
 
     Raises
     ------
@@ -106,18 +103,18 @@ def tune(
     base = searches.base_network(search)
     scheduler = _scheduler(searcher, search)
     possible, left_out = searches.configurations(search, base, num_pixels=data.num_pixels)
-    num_trials = min(num_trials or (len(possible) if searcher == "grid" else _DEFAULT_NUM_TRIALS), len(possible))
+    most = num_trials or (len(possible) if searcher == "grid" else _DEFAULT_NUM_TRIALS)
     if not resume and storage.names(campaign):
         raise ValueError(f"{campaign} stands already; go on with --resume, or choose another --to.")
     held_out = np.zeros(data.num_images, bool)
     if validation is None:
         held_out = train.held_out_rows(data.num_images, base.training.seed)
     card = train.untrained(search.network, base, held_out, data, validation, search.recipe, 1)
-    reference = searches.configuration_of(search, base)
     record = Campaign(
         search=search,
         searcher=searcher,
-        num_trials=num_trials,
+        base=base,
+        num_trials=min(most, len(possible)),
         dataset=data.uri,
         dataset_digest=data.plan.digest,
         validation_dataset=card.validation_dataset,
@@ -126,12 +123,13 @@ def tune(
         num_validation_images=card.num_validation_images,
         num_possible=len(possible),
         left_out=left_out,
-        reference=reference if reference in possible else None,
+        reference=searches.configuration_of(search, base, possible),
         versions=card.versions,
     )
-    record = _begun(campaign, record)
+    record = _begun(campaign, record, longer=num_trials is not None)
     storage.check_writable(campaign)
     cluster.connect()
+    cluster.require_shared(campaign)
     slots = _require_room(data, validation, search)
     campaigns.write(campaign, record)
 
@@ -139,25 +137,27 @@ def tune(
     watch = _Watch(campaign, record, proposals, progress, slots, started)
     watch.take_up(scheduler)
     if watch.num_open:
-        images = _read.remote(data.parts, validation.parts if validation else None, held_out, card.target)
-        ray.wait([images], fetch_local=False)
+        reading: Any = _read.remote(data.parts, validation.parts if validation else None, held_out, card.target)
+        images, read = reading
+        ray.get(read)  # raises what is wrong with them
         _run(watch, scheduler, card=card, images=images)
+        watch.finish()
     return _finish(watch, data)
 
 
-def _begun(campaign: str, record: Campaign) -> Campaign:
+def _begun(campaign: str, record: Campaign, *, longer: bool) -> Campaign:
     """Return the record of a campaign that stands, made longer if that is asked for, or the new one."""
     standing = campaigns.read(campaign)
     if standing is None:
         return record
-    same = ("search", "searcher", "dataset_digest", "num_training_images", "num_validation_images")
+    same = ("search", "searcher", "base", "dataset_digest", "num_training_images", "num_validation_images")
     there, here = ({key: one.as_dict()[key] for key in same} for one in (standing, record))
     if there != here:
         raise ValueError(
             f"{campaign} was begun otherwise: {shards.difference(there, here)}. "
             "Go on as it was begun, or choose another --to."
         )
-    return standing.override({"num_trials": max(record.num_trials, len(standing.trials))})
+    return standing.override({"num_trials": max(record.num_trials, len(standing.trials))}) if longer else standing
 
 
 @dataclass(frozen=True)
@@ -182,22 +182,29 @@ def _require_room(data: Dataset, validation: Dataset | None, search: Search) -> 
             f"{_SHARE_OF_OBJECT_STORE:.0%} of the smallest one's is {_SHARE_OF_OBJECT_STORE * room / 1e9:,.1f} GB; "
             "search on fewer images, or on nodes with more memory."
         )
-    num_gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    num_cpus = int(sum(node.get("CPU", 0) for node in nodes))
-    if num_gpus:
-        slots = num_gpus * search.trials_per_gpu
-        return _Slots(slots, {"CPU": min(1.0, num_cpus / slots), "GPU": 1 / search.trials_per_gpu})
-    return _Slots(num_cpus, {"CPU": 1.0})
+    return _slots(nodes, search.trials_per_gpu)
 
 
-@ray.remote
+def _slots(nodes: list[dict[str, float]], trials_per_gpu: int) -> _Slots:
+    """Return the slots of nodes that hold so much; where there are GPUs, only their nodes have any."""
+    if with_gpu := [node for node in nodes if node.get("GPU", 0) >= 1]:
+        num_cpus = min(node["CPU"] / (int(node["GPU"]) * trials_per_gpu) for node in with_gpu)
+        num_slots = sum(int(node["GPU"]) for node in with_gpu) * trials_per_gpu
+        return _Slots(num_slots, {"CPU": min(1.0, num_cpus), "GPU": 1 / trials_per_gpu})
+    return _Slots(sum(int(node["CPU"]) for node in nodes), {"CPU": 1.0})
+
+
+@ray.remote(num_returns=2)
 def _read(
     parts: list[tuple[str, int]],
     validation: list[tuple[str, int]] | None,
     held_out: np.ndarray,
     target: str,
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return the columns of all rows to train and to validate on; Ray keeps them where processes read them in place."""
+) -> tuple[tuple[list[np.ndarray], list[np.ndarray]], None]:
+    """Return the columns of all rows to train and to validate on, and that they are read.
+
+    Ray keeps the columns where processes read them in place, and nobody fetches them to see whether there are any.
+    """
 
     def columns(parts: list[tuple[str, int]], used: np.ndarray) -> list[np.ndarray]:
         block = share.read(share.parts_of(parts, used, rank=0, world_size=1), target, torch.device("cpu"))
@@ -205,8 +212,9 @@ def _read(
         return [column.numpy() for column in block]
 
     if validation is None:
-        return columns(parts, ~held_out), columns(parts, held_out)
-    return columns(parts, ~held_out), columns(validation, np.ones(sum(rows for _, rows in validation), bool))
+        return (columns(parts, ~held_out), columns(parts, held_out)), None
+    others = columns(validation, np.ones(sum(rows for _, rows in validation), bool))
+    return (columns(parts, ~held_out), others), None
 
 
 def _scheduler(searcher: Searcher, search: Search) -> TrialScheduler:
@@ -222,6 +230,7 @@ def _scheduler(searcher: Searcher, search: Search) -> TrialScheduler:
                 f"pbt changes {', '.join(_MUTATED)} on the way, and the space searches none of them; "
                 "name values for one, or choose another --searcher."
             )
+        random.seed(search.seed)  # which Ray draws from
         return PopulationBasedTraining(
             time_attr="epoch",
             metric="metric",
@@ -236,6 +245,7 @@ def _scheduler(searcher: Searcher, search: Search) -> TrialScheduler:
 def _run(watch: _Watch, scheduler: TrialScheduler, *, card: models.Card, images: Any) -> None:
     # Ours are TensorBoard and the record; and Ctrl-C ends a campaign at once, which goes on with --resume.
     os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0")
+    _survive_lack_of_memory()
     file_system, path = storage.arrow_file_system(watch.campaign)
     scratch = f"{path}/ray"
     _remove_folder(file_system, scratch)
@@ -269,13 +279,21 @@ def _run(watch: _Watch, scheduler: TrialScheduler, *, card: models.Card, images:
     _remove_folder(file_system, scratch)
 
 
+def _survive_lack_of_memory() -> None:
+    """Let a process that Ray ends for memory end its trial and not the campaign.
+
+    Ray's controller takes a RayActorError alone for the death of a process, and this one is an OutOfMemoryError (2.60).
+    """
+    for module in (actor_manager, tune_controller):
+        vars(module)["RayActorError"] = (RayActorError, OutOfMemoryError)
+
+
 def _remove_folder(file_system: Any, path: str) -> None:
     if file_system.get_file_info(path).type == pyarrow.fs.FileType.Directory:
         file_system.delete_dir(path)
 
 
 def _finish(watch: _Watch, data: Dataset) -> Tuned:
-    watch.finish()
     campaign, record = watch.campaign, watch.record
     failed = [trial for trial in record.trials if trial.status == "failed"]
     if record.best is None:
@@ -283,6 +301,7 @@ def _finish(watch: _Watch, data: Dataset) -> Tuned:
     recipe = storage.join(campaign, "winner.json")
     winner = campaigns.winning_recipe(record, data.plan.simulation, data.plan.recipe)
     storage.write(recipe, json.dumps(winner, indent=1) + "\n")
+    validated = f" --validation {record.validation_dataset}" if record.validation_dataset else ""
     report = storage.join(campaign, "report.html")
     storage.write(report, findings(record))
     return Tuned(
@@ -293,7 +312,7 @@ def _finish(watch: _Watch, data: Dataset) -> Tuned:
         reference_rank=record.reference_rank(),
         recipe=recipe,
         report=report,
-        command=f"raylens train {record.search.network} --data {data.uri} --recipe {recipe} --to RUN",
+        command=f"raylens train {record.search.network} --data {data.uri}{validated} --recipe {recipe} --to RUN",
         seconds=record.seconds - watch.before[0],
         cpu_seconds=watch.trained * watch.slots.resources["CPU"],
         gpu_seconds=watch.trained * watch.slots.resources.get("GPU", 0.0),
@@ -340,7 +359,6 @@ class _Trainable(ray.tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Return the next epoch, which may stand already, or why there is none."""
         new = False
-        told: dict[str, Any] = {"metric": _NEVER, "epoch": self.num_told + 1}
         if self.fault is None:
             try:
                 if self.num_told == len(self.trial.history):
@@ -349,15 +367,17 @@ class _Trainable(ray.tune.Trainable):
             except Exception as error:
                 self.fault = _explanation(error)
         if self.fault is not None:
-            return {**told, "failed": self.fault, "done": True}
+            return {"metric": _NEVER, "epoch": self.num_told + 1, "failed": self.fault, "done": True}
         self.num_told += 1
-        values = [record[self.search.metric] for record in self.trial.history[: self.num_told]]
+        told = self.trial.history[: self.num_told]
+        values = [record[self.search.metric] for record in told]
         ended = self.num_told == len(self.trial.history) and self.trial.ended
         return {
             "metric": min(values),
             "epoch": self.num_told,
-            "record": self.trial.history[self.num_told - 1],
-            "new": new,
+            "values": values,
+            "seconds": sum(record["seconds"] for record in told),
+            "record": told[-1] if new else None,
             "ended": ended,
             "done": ended,
         }
@@ -373,6 +393,7 @@ class _Trainable(ray.tune.Trainable):
         """Go on from what another of the population has learnt, or this one before it made room for another."""
         with open(os.path.join(checkpoint, "checkpoint.safetensors"), "rb") as file:
             self.trial.restore(file.read())
+        self.trial.save()  # what stands there may be of another network
         self.num_told = len(self.trial.history)
 
 
@@ -387,8 +408,8 @@ def _last_failure(trial: Any) -> str:
     """Return why the process of a trial failed, in a line; Ray keeps what it was told of each failure in a file."""
     with open(trial.error_file) as file:
         _, *lines = file.read().rpartition("Failure # ")[2].strip().splitlines()
-    raised = any(line.startswith("Traceback") for line in lines)
-    return lines[-1 if raised else 0]
+    told = lines[-1 if "ray::" in lines[0] else 0]  # there a traceback begins, which ends with what was raised
+    return re.sub("\x1b\\[[0-9;]*m", "", told)
 
 
 class _Proposer(ray.tune.search.Searcher):
@@ -429,7 +450,6 @@ class _Watch(ray.tune.Callback):
         self.before = record.seconds, record.cpu_seconds, record.gpu_seconds
         self.trials = {trial.id: trial for trial in record.trials}
         self.waiting = [trial.id for trial in record.trials if trial.status == "running"]
-        self.histories: dict[str, list[dict[str, Any]]] = {}
         self.trained = 0.0  # seconds in trials, in this call
         self.board = CampaignBoard(campaign)
 
@@ -469,26 +489,24 @@ class _Watch(ray.tune.Callback):
             self.trials[trial.id] = trial
             self._update()
             self._write()
-        self.histories[trial.id] = []
         return {"id": trial.id, "config": trial.config}
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        known, record = self.trials[str(trial)], result.get("record")
-        if record is not None:
-            # Of a trial that was taken up, or took over another's weights, epochs are told that stand already.
-            history = [*self.histories[known.id][: record["epoch"] - 1], record]
-            self.histories[known.id] = history
-            values = [one[self.record.search.metric] for one in history]
+        known, config = self.trials[str(trial)], dict(trial.config["trial"]["config"])
+        if values := result.get("values"):
+            # Of a trial that was taken up, or took over another's weights, not all epochs are its own.
             self._change(
                 known,
-                config=dict(trial.config["trial"]["config"]),
+                config=config,
                 metric=min(values),
                 epoch=values.index(min(values)) + 1,
                 epochs=len(values),
                 values=tuple(values),
-                seconds=sum(one["seconds"] for one in history),
+                seconds=result["seconds"],
             )
-            if result["new"]:
+            if config != known.config:
+                self._write()
+            if record := result["record"]:
                 self.trained += record["seconds"]
                 self.board.add(self.trials[known.id], record)
         if "failed" in result:
@@ -517,10 +535,10 @@ class _Watch(ray.tune.Callback):
         trial = self.trials[name]
         assert trial.status != "running"
         self.proposals.tell(trial.config, campaigns.best_so_far(trial.values), trial.status)
+        self._write()
         # Nobody will go on from there.
         storage.remove(storage.join(campaigns.folder(self.campaign, name), CHECKPOINT))
         self.board.end(trial)
-        self._write()
         self.progress(self.record)
 
     def _change(self, trial: Tried, **values: Any) -> None:

@@ -10,6 +10,7 @@ from pages import Page, shown
 from rich.console import Console
 from test_cli import assert_refused
 
+from raylens import recipes
 from raylens.campaign import Campaign, Tried
 from raylens.cli import _Leaderboard
 from raylens.config import Search
@@ -67,6 +68,7 @@ def campaign(**changes) -> Campaign:
     facts = {
         "search": search,
         "searcher": "asha",
+        "base": recipes.load("paper-fixed").n_cnn,
         "num_trials": 24,
         "dataset": "data/some-train-00000000",
         "dataset_digest": "00000000",

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from datetime import date
 
 import numpy as np
 import pytest
@@ -49,9 +50,8 @@ def test_the_papers_choice_is_in_its_space(name, num_pixels):
     base = search.base_network(space)
     possible, _ = search.configurations(space, base, num_pixels=num_pixels)
 
-    chosen = search.configuration_of(space, base)
+    chosen = search.configuration_of(space, base, possible)
 
-    assert chosen in possible
     assert search.network_of(space, base, chosen) == base.override({"training.num_epochs": 100})
 
 
@@ -104,6 +104,7 @@ def test_what_is_possible_can_be_built(data):
         ({"kernel_size": [4]}, "kernel_size must be odd"),
         ({"batch_size": [16, 16]}, "batch_size names a value twice"),
         ({"batch_size": []}, "values.batch_size"),
+        ({"batch_size": [date(2026, 1, 1)]}, "batch_size"),  # TOML has such values
         ({}, "values"),
         ({"num_layers": [1], "filters": [8]}, "growth has none"),
         ({"num_layers": [1.5], "filters": [8], "growth": [1]}, "num_layers is a whole number of 1 or more; got 1.5"),
@@ -150,6 +151,15 @@ def test_a_file_changes_the_space_that_it_names(tmp_path):
     mine = search.load(str(file))
 
     assert mine == search.load("paper-n-cnn").override({"name": "mine", "values": {"learning_rate": [1e-3, 1e-2]}})
+
+
+@pytest.mark.parametrize("base", ["paper-n-cn", 5, "other.toml", ["smoke"]])
+def test_a_base_that_is_no_named_space_is_refused(tmp_path, base):
+    file = tmp_path / "mine.toml"
+    file.write_text(f"base = {json.dumps(base)}\nname = 'mine'\n")
+
+    with pytest.raises(ValueError, match="base must be one of smoke, paper-n-cnn, paper-alpha-cnn; got "):
+        search.load(str(file))
 
 
 def test_what_print_space_prints_is_a_file_of_the_same_space(main, tmp_path):
@@ -228,6 +238,23 @@ def test_what_is_searched_is_spelled_out_with_the_layers_as_their_filters():
 
     assert search.spelled_out(space, configuration) == {"kernel_size": 3, "filters": "4-8"}
     assert search.spelled_out(small(kernel_size=[3, 5]), {"kernel_size": 5}) == {"kernel_size": 5}
+
+
+def test_what_is_no_configuration_of_the_space_is_not_taken_for_one():
+    """A rank must be that of the recipe's own network; and a single layer has any growth."""
+    space = layers(filters=[8, 16], growth=[2])
+    base = search.base_network(space)
+    possible, _ = search.configurations(space, base, num_pixels=30)
+    of = {filters: base.override({"model.filters": filters}) for filters in [(8,), (8, 16), (8, 12), (8, 16, 32)]}
+
+    found = {filters: search.configuration_of(space, network, possible) for filters, network in of.items()}
+
+    assert found == {
+        (8,): {"num_layers": 1, "filters": 8, "growth": 2},
+        (8, 16): {"num_layers": 2, "filters": 8, "growth": 2},
+        (8, 12): None,
+        (8, 16, 32): None,
+    }
 
 
 def test_a_network_is_what_its_recipe_says_but_for_what_is_searched():

@@ -94,12 +94,21 @@ def test_a_trial_without_patience_left_has_ended(blocks, tmp_path):
     assert trial.history[-1]["epoch"] == best["epoch"] + 2
 
 
-def test_a_checkpoint_of_another_network_is_refused(blocks, tmp_path):
-    """As it would be if somebody changed the campaign's record."""
+def test_a_checkpoint_of_another_network_is_not_gone_on_from(blocks, tmp_path):
+    """One of a population that has become another network begins with nothing, and is then given weights."""
     trial = Trial(str(tmp_path), card(), *blocks)
     trial.train_epoch()
     trial.save()
-    other = card().model_copy(update={"model": Model(filters=(8,), kernel_size=3, dense=16)})
+    network = card().model_copy(update={"model": Model(filters=(8,), kernel_size=3, dense=16)})
 
-    with pytest.raises(ValueError, match=f"{CHECKPOINT} .*another network"):
-        Trial(str(tmp_path), other, *blocks)
+    assert len(Trial(str(tmp_path), card(learning_rate=1e-4), *blocks).history) == 1
+    for other in (network, card(optimizer="nadam")):
+        assert not Trial(str(tmp_path), other, *blocks).history
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing of the kind", b"\x08" + bytes(7) + b'{"a": 1}'])
+def test_a_checkpoint_that_is_broken_is_refused(blocks, tmp_path, content):
+    (tmp_path / CHECKPOINT).write_bytes(content)
+
+    with pytest.raises(ValueError, match=f"{CHECKPOINT} is broken: "):
+        Trial(str(tmp_path), card(), *blocks)

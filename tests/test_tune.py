@@ -9,9 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import ray
 from raylets import cluster, descendants, title
 
 from raylens import campaign as campaigns
@@ -77,7 +82,8 @@ def test_each_searcher_ends_with_as_many_trials_as_were_asked_for(searcher, data
     for trial in record.trials:
         epochs = history(campaign, trial.id)
         assert trial.status == ("completed" if len(epochs) == 4 else "stopped")
-        assert trial.metric == min(one["validation_rmse"] for one in epochs)
+        assert trial.values == tuple(one["validation_rmse"] for one in epochs)
+        assert trial.metric == min(trial.values)
         assert trial.epochs == epochs[-1]["epoch"] == len(epochs)
     assert any(trial.status == "completed" for trial in record.trials)
     assert record.best == min(record.trials, key=lambda trial: trial.metric)
@@ -86,6 +92,24 @@ def test_each_searcher_ends_with_as_many_trials_as_were_asked_for(searcher, data
     assert set(os.listdir(campaign)) == {"campaign.json", "trials", "tensorboard", "winner.json", "report.html"}
     assert all(os.listdir(f"{campaign}/tensorboard/{trial.id}") for trial in record.trials)
     assert not list(Path(campaign).rglob("checkpoint*"))
+
+
+def test_one_of_a_population_goes_on_as_another_one(data, tmp_path, ray_cluster):
+    """Also as a network of other layers; its curve is then that of the weights that it has."""
+    campaign = str(tmp_path / "campaign")
+    searched = space((1, 8), learning_rate=[1e-5, 1e-2], batch_size=[16])
+    seen: dict[str, set] = {}
+
+    def look(record: Campaign) -> None:
+        for trial in record.trials:
+            seen.setdefault(trial.id, set()).add((trial.config["num_layers"], trial.config["filters"]))
+
+    tune.tune(searched, campaign, data=data, searcher="pbt", num_trials=6, progress=look)
+
+    assert any(len(networks) > 1 for networks in seen.values())
+    for trial in read(campaign).trials:
+        assert (trial.status, trial.epochs) == ("completed", 8)
+        assert trial.values == tuple(one["validation_rmse"] for one in history(campaign, trial.id))
 
 
 def test_the_winner_can_be_trained(data, tmp_path, ray_cluster):
@@ -213,6 +237,7 @@ def test_a_campaign_whose_driver_is_killed_is_finished_and_nothing_repeated(
     assert [one for one in after.trials if one.id in curves] == [one for one in before.trials if one.id in curves]
     assert len({json.dumps(trial.config) for trial in after.trials}) == 8 or searcher == "pbt"
     assert again.cpu_seconds == 0
+    assert again.busy == done.busy > 0
     assert again.best == done.best
 
 
@@ -240,15 +265,76 @@ def test_a_campaign_can_be_made_longer_but_not_another(data, tmp_path, ray_clust
     campaign = str(tmp_path / "campaign")
     tune.tune(space(), campaign, data=data, searcher="random", num_trials=2)
 
-    longer = tune.tune(space(), campaign, data=data, searcher="random", num_trials=3, resume=True)
+    longer, as_long = (
+        tune.tune(space(), campaign, data=data, searcher="random", num_trials=num_trials, resume=True)
+        for num_trials in (3, None)
+    )
 
-    assert longer.num_trials == 3
+    assert longer.num_trials == as_long.num_trials == 3
     with pytest.raises(ValueError, match=r"stands already; go on with --resume"):
         tune.tune(space(), campaign, data=data, searcher="random")
     with pytest.raises(ValueError, match=r"was begun otherwise: searcher"):
         tune.tune(space(), campaign, data=data, searcher="grid", resume=True)
     with pytest.raises(ValueError, match=r"was begun otherwise: search\.epochs"):
         tune.tune(space(epochs=(1, 5)), campaign, data=data, searcher="random", resume=True)
+
+
+def test_a_recipe_that_was_changed_meanwhile_is_refused(data, tmp_path, ray_cluster):
+    """Its later trials would be compared with others that they are not like."""
+    recipe, campaign = tmp_path / "recipe.json", str(tmp_path / "campaign")
+    experiment = recipes.load("smoke")
+    recipe.write_text(json.dumps(experiment.as_dict()))
+    searched = space((1, 1)).override({"recipe": str(recipe)})
+    tune.tune(searched, campaign, data=data, searcher="random", num_trials=2)
+    recipe.write_text(json.dumps(experiment.override({"n_cnn.model.dropout": 0.5}).as_dict()))
+
+    with pytest.raises(ValueError, match=r"was begun otherwise: base\.model\.dropout"):
+        tune.tune(searched, campaign, data=data, searcher="random", num_trials=3, resume=True)
+
+
+def test_an_image_that_is_not_finite_is_told_before_a_trial_begins(tmp_path, make_dataset, ray_cluster):
+    """Each trial would fail of it."""
+    spoilt = Dataset.open(make_dataset(tmp_path, SIMULATION, num_images=40, shard_size=20))
+    shard, _ = spoilt.parts[1]
+    table = pq.read_table(shard)
+    pixels = pa.array(np.full(20 * 12 * 12, np.nan, np.float32))
+    image = pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(pixels, 12), 12)
+    pq.write_table(table.set_column(table.column_names.index("image"), "image", image), shard)
+
+    with pytest.raises(ValueError, match="pixels that are not finite"):
+        tune.tune(space(), str(tmp_path / "campaign"), data=spoilt)
+
+    assert not read(tmp_path / "campaign").trials
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([{"CPU": 2.0}, {"CPU": 6.0}], (8, {"CPU": 1.0})),
+        ([{"CPU": 16.0}, {"CPU": 4.0, "GPU": 4.0}], (16, {"CPU": 0.25, "GPU": 0.25})),
+        ([{"CPU": 64.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 4.0}], (20, {"CPU": 0.5, "GPU": 0.25})),
+    ],
+)
+def test_there_are_as_many_slots_as_find_room_together(nodes, expected):
+    """More would wait for ever beside those that run; CPUs of nodes without a GPU are of no use to a trial on one."""
+    slots = tune._slots(nodes, trials_per_gpu=4)
+
+    assert (slots.num, slots.resources) == expected
+
+
+def test_the_reason_of_a_task_that_raised_is_what_it_raised(tmp_path, ray_cluster):
+    """Ray tells of it with a traceback, in colour."""
+
+    @ray.remote
+    def task() -> None:
+        raise KeyError("the reason")
+
+    with pytest.raises(ray.exceptions.RayTaskError) as told:
+        ray.get(task.remote())
+    file = tmp_path / "error.txt"
+    file.write_text(f"Failure # 1 (occurred at noon)\nanother\nFailure # 2 (occurred at one)\n{told.value}\n")
+
+    assert tune._last_failure(SimpleNamespace(error_file=str(file))) == "KeyError: 'the reason'"
 
 
 def test_the_recipes_own_network_is_tried_first_and_its_rank_told(data, tmp_path, ray_cluster):
@@ -287,7 +373,7 @@ def test_wrong_usage_is_told_at_once(data, tmp_path, cli):
 
 
 def test_a_cluster_without_room_for_a_trial_is_refused_at_once(data, tmp_path, cli):
-    """Rather than waiting for ever; one node has no CPU for work, and one hardly any shared memory."""
+    """Rather than waiting for ever."""
     words = ("tune", "smoke", "--data", data.uri, "--to", str(tmp_path / "campaign"))
     with cluster({"num_cpus": 0}) as (nodes, _):
         no_cpu = cli(*words, RAY_ADDRESS=nodes.address)
