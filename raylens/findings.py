@@ -29,11 +29,12 @@ _METRICS = {"validation_rmse": "RMSE", "validation_loss": "loss"}
 
 def findings(record: Campaign) -> str:
     """Return one self-contained HTML page on a campaign, as far as it has come."""
+    importances = _importances(record)
     sections = {
-        "In short": _in_short(record),
+        "In short": _in_short(record, importances),
         "The best trials": _leaderboard(record),
         "Every trial": _parallel_coordinates(record),
-        "What each hyper-parameter does": _effects(record),
+        "What each hyper-parameter does": _effects(record, importances),
         "Learning curves": _learning_curves(record),
         "Cost": _cost(record),
         "What failed": _failed(record),
@@ -69,7 +70,7 @@ def _described(record: Campaign, config: Configuration) -> str:
     return ", ".join(f"{page.text(name.replace('_', ' '))} {page.setting(value)}" for name, value in settings)
 
 
-def _in_short(record: Campaign) -> Iterator[str]:
+def _in_short(record: Campaign, importances: dict[str, float]) -> Iterator[str]:
     metric, digits, best = _metric_name(record), _digits(record), record.best
     counted = [(status, sum(trial.status == status for trial in record.trials)) for status in _STATUSES]
     told = ", ".join(f"{number:,} {_STATUSES[status]}" for status, number in counted if number)
@@ -86,7 +87,6 @@ def _in_short(record: Campaign) -> Iterator[str]:
         f"after epoch {best.epoch} of {best.epochs}.</p>"
     )
     yield f"<p>{_of_reference(record, best)}</p>"
-    importances = _importances(record)
     if importances:
         first = ", ".join(f"{name.replace('_', ' ')} ({share:.0%})" for name, share in list(importances.items())[:3])
         yield f"<p>What matters most: {first}, of how the {metric} varies after {_epochs(record)}.</p>"
@@ -154,7 +154,7 @@ def _parallel_coordinates(record: Campaign) -> Iterator[str]:
     )
 
 
-def _effects(record: Campaign) -> Iterator[str]:
+def _effects(record: Campaign, importances: dict[str, float]) -> Iterator[str]:
     comparable, digits, metric = _comparable(record), _digits(record), _metric_name(record)
     if not comparable or not searched(record.search):
         return
@@ -165,7 +165,6 @@ def _effects(record: Campaign) -> Iterator[str]:
         "others; bars span the central half of the trials, and the line is their median.",
         f"{metric} by value of each hyper-parameter, as in the table below.",
     )
-    importances = _importances(record)
     rows = []
     for name in searched(record.search):
         for place, value in enumerate(record.search.values[name]):

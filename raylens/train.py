@@ -86,7 +86,7 @@ def train(
     ValueError
         If the validation set is of another simulation, if the run stands and is not to be resumed or
         was begun with other settings, if there are fewer images than workers, if the cluster is too
-        small, if an image is not finite, or if the training diverges.
+        small, if its machines do not share the run's folder, if an image is not finite, or if the training diverges.
     """
     started = time.time()
     run = storage.absolute(run)
@@ -104,6 +104,7 @@ def train(
     _require_same_run(run, card)
     storage.check_writable(run)
     resources = cluster.connect()
+    cluster.require_shared(run)
     use_gpu = resources.num_gpus >= least
     room = _require_room(resources, least, most, use_gpu)
     storage.write_if(

@@ -94,7 +94,8 @@ def tune(
     ------
     ValueError
         If nothing in the space can be tried, the campaign stands and is not to be resumed or was begun otherwise, the
-        cluster has no room for a trial, an image is not finite, or no trial came to the end of an epoch.
+        cluster has no room for a trial, its machines do not share the campaign's folder, an image is not finite, or
+        no trial came to the end of an epoch.
     """
     started = time.time()
     campaign = storage.absolute(campaign)
