@@ -31,7 +31,7 @@ from torch.utils.data import Dataset as TorchDataset
 from raylens import learning, models, recipes, shards, storage
 from raylens.dataset import Dataset
 
-UNSCALED = models.Scaling(mean=380.0, sd=170.0)
+UNSCALED = models.Scaling(offset=380.0, scale=170.0)
 NUM_CPUS = len(os.sched_getaffinity(0))
 
 
@@ -117,7 +117,7 @@ def run_loop(
             now = time.perf_counter()
             waited += now - asked
             first = first or now - began
-            loss = (cnn(image_BHW, num_subhalos_B) - cnn.standardised(target_B)).square().mean()
+            loss = (cnn(image_BHW, num_subhalos_B) - cnn.scaled(target_B)).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

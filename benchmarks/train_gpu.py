@@ -152,7 +152,7 @@ def network(name: models.NetworkName, images: share.Resident) -> models.CNN:
     block = images.block
     assert block is not None
     target, num_subhalos = (
-        models.Scaling(mean=float(labels_B.mean()), sd=float(labels_B.std()))
+        models.Scaling(offset=float(labels_B.mean()), scale=float(labels_B.std()))
         for labels_B in (block.target_B, block.num_subhalos_B)
     )
     return models.CNN(

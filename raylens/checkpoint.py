@@ -19,7 +19,7 @@ class Position:
     history: list[dict[str, Any]] = field(default_factory=list)  # a record for each epoch that has ended
     world_size: int = 0  # of the ranks that came here
     step: int = 0  # of the epoch in progress
-    squared_error_sum: float = 0.0  # of its steps
+    loss_sum: float = 0.0  # over the images of its steps
     seconds: float = 0.0  # spent on them
 
     @property

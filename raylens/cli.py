@@ -24,8 +24,8 @@ from rich.table import Table
 
 from raylens import __version__, recipes, storage
 from raylens.campaign import Campaign
+from raylens.config import Experiment, Simulation, check_key
 from raylens.config import Network as NetworkSettings
-from raylens.config import Simulation, check_key
 from raylens.search import spelled_out
 
 app = typer.Typer(
@@ -433,20 +433,37 @@ def report(
 
 
 @app.command()
-def reproduce(recipe: Recipe, to: To) -> None:
-    """Do all of it: simulate, train both networks, evaluate, report; what stands is skipped."""
-    experiment = recipes.load_with_networks(recipe)
+def reproduce(
+    recipe: Annotated[
+        list[str],
+        typer.Argument(help="a recipe's name, a .toml or .json file, or a dataset; or several", show_default=False),
+    ],
+    to: To,
+) -> None:
+    """Do all of it: simulate, train both networks, evaluate, report; what stands is skipped.
+
+    Several experiments each have a folder of their name below --to.
+    """
+    experiments = [recipes.load_with_networks(one) for one in recipe]
     from raylens import reproduce as reproduction
 
-    def begin(stage: str) -> _Meter | _Epochs:
+    def begin(experiment: Experiment, stage: str) -> _Meter | _Epochs:
+        if len(experiments) > 1 and stage == "simulate train":
+            _say(experiment.name)
         if stage.startswith("train"):
             network = experiment.n_cnn if stage.endswith(" n-cnn") else experiment.alpha_cnn
             return _Epochs(stage.removeprefix("train "), network.training.num_epochs)
         return _Meter(stage, "images")
 
-    facts = reproduction.reproduce(experiment, to, begin=begin)
-    for name, value in facts["metrics"].items():
-        _say(f"{name:15} {_number(value, '.4g')}")
+    if len(experiments) == 1:
+        facts = reproduction.reproduce(experiments[0], to, begin=begin)
+        told = {"": facts["metrics"]}
+    else:
+        facts = reproduction.reproduce_all(experiments, to, begin=begin)
+        told = facts["metrics"]
+    for experiment, metrics in told.items():
+        for name, value in metrics.items():
+            _say(f"{' '.join(filter(None, (experiment, name))):15} {_number(value, '.4g')}")
     _say(f"report          {facts['report']}")
     _finish(**facts)
 

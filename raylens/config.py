@@ -18,8 +18,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from scipy.special import ndtr, ndtri
 
-# Raised whenever the code draws other numbers or renders other pixels from the same Simulation.
-SIMULATOR_VERSION = 1
+# Raised whenever the code makes other rows from the same Simulation: other draws, other pixels, other columns.
+SIMULATOR_VERSION = 2
 
 # The splits of a dataset, and the slope at which each is held (None: as the Simulation says).
 SPLITS: dict[str, float | None] = {
@@ -166,6 +166,7 @@ class Source(Settings):
 
     z: Distribution = 1.77  # redshift
     sigma: Distribution = 0.9  # standard deviation of the light [arcsec]
+    cut: Annotated[float, Field(gt=0)] | None = None  # radius beyond which it has no light [arcsec]; null: none
 
     @model_validator(mode="after")
     def _is_a_source(self) -> Self:
@@ -178,10 +179,14 @@ class Subhalos(Settings):
     """The subhaloes: singular isothermal spheres with dN/dM proportional to M^alpha (eq. 2.1)."""
 
     alpha: Distribution = Uniform(uniform=(-2.5, -1.5))  # slope of the mass function
+    # decades: no masses but mass_min and its tenfolds up to mass_max, the k-th (from 1) in proportion to k^alpha.
+    mass_function: Literal["power-law", "decades"] = "power-law"
     # The limits reproduce the paper's two stated means of N: physics.subhalos.solve_mass_limits.
     mass_min: float = Field(7.40e8, gt=0)  # [Msun]
     mass_max: float = Field(1.70e11, gt=0)  # [Msun]
     mass_fraction: float = Field(0.1, gt=0, le=1)  # drawn until their mass reaches this share of the lens mass
+    h: float = Field(1.0, gt=0)  # factor of their mass in eq. 2.3, which the paper drops
+    z_lens: Annotated[float, Field(gt=0)] | None = None  # of their Einstein radii in eq. 2.2; null: the lens's
     compensation: Literal["none", "sheet"] = "none"  # sheet: negative uniform convergence that takes their mass away
 
     @model_validator(mode="after")
@@ -204,7 +209,14 @@ class Camera(Settings):
         "frame"  # the signal in signal_to_noise: summed over the frame, or the peak pixel
     )
     normalise: bool = True  # scale each image to minimum 0 and maximum 1
+    bits: Annotated[int, Field(ge=1, le=16)] | None = None  # pixels rounded to 2^bits values from 0 to 1; null: not
     supersampling: int = Field(1, ge=1, le=16)  # rays per pixel and axis
+
+    @model_validator(mode="after")
+    def _bits_have_a_range(self) -> Self:
+        if self.bits is not None and not self.normalise:
+            raise ValueError("camera.bits rounds pixels between 0 and 1, so it needs camera.normalise=true.")
+        return self
 
     @model_validator(mode="after")
     def _psf_fits_the_frame(self) -> Self:
@@ -227,6 +239,7 @@ class Simulation(Settings):
 
     engine: Literal["numba", "lenstronomy"] = "numba"  # what traces the rays; lenstronomy is the reference
     seed: int = Field(0, ge=0, lt=2**63)
+    cosmology: Literal["Planck18", "WMAP9"] = "Planck18"  # of the distances, by astropy
     lens: Lens = Lens()
     source: Source = Source()
     subhalos: Subhalos = Subhalos()
@@ -235,11 +248,13 @@ class Simulation(Settings):
 
     @model_validator(mode="after")
     def _can_be_simulated(self) -> Self:
-        if support(self.lens.z_lens)[1] >= support(self.source.z)[0]:
-            raise ValueError(
-                f"the source must lie behind the lens; source.z reaches down to {support(self.source.z)[0]:g} "
-                f"and lens.z_lens up to {support(self.lens.z_lens)[1]:g}."
-            )
+        z_source = support(self.source.z)[0]
+        for name, z_lens in (("lens", support(self.lens.z_lens)[1]), ("subhalos", self.subhalos.z_lens)):
+            if z_lens is not None and z_lens >= z_source:
+                raise ValueError(
+                    f"the source must lie behind the lens; source.z reaches down to {z_source:g} "
+                    f"and {name}.z_lens up to {z_lens:g}."
+                )
         return self
 
     @property
@@ -265,6 +280,8 @@ class Model(Settings):
 
 
 Precision = Literal["float32", "bfloat16"]
+Loss = Literal["mse", "mae"]  # mean squared error (eq. 2.4), mean absolute error
+Labels = Literal["standardised", "unit", "raw"]
 
 
 class Training(Settings):
@@ -275,6 +292,10 @@ class Training(Settings):
     learning_rate: float = Field(1e-4, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate; cosine: to 0 after num_epochs
     optimizer: Literal["adam", "nadam"] = "adam"
+    loss: Loss = "mse"  # of the scaled target; the epoch with the lowest on validation images is kept
+    # How the target, and the N that the alpha-CNN is given, are scaled by the training labels: to mean 0 and
+    # deviation 1, to lie from 0 to 1, or not at all.
+    labels: Labels = "standardised"
     precision: Precision = "float32"  # of a network's arithmetic while it is trained; it predicts in float32
     patience: Annotated[int, Field(ge=1)] | None = None  # stop after so many epochs without a better one; null: never
     seed: int = Field(0, ge=0, lt=2**63)
@@ -289,10 +310,12 @@ class Network(Settings):
 
 # Hyper-parameters that are no fields: what Model.filters follows from.
 LAYERS = ("num_layers", "filters", "growth")
-# And those that are, with the group of settings each belongs to.
+# What decides how long a training is or what its error means; trials that differ in these do not compare.
+_NOT_SEARCHED = ("num_epochs", "patience", "seed", "loss", "labels")
+# And those that are fields, with the group of settings each belongs to.
 SEARCHED_FIELDS = {
     **{name: f"model.{name}" for name in Model.model_fields if name != "filters"},
-    **{name: f"training.{name}" for name in Training.model_fields if name not in ("num_epochs", "patience", "seed")},
+    **{name: f"training.{name}" for name in Training.model_fields if name not in _NOT_SEARCHED},
 }
 
 

@@ -207,7 +207,7 @@ def require_same_simulator(uri: str, plan: Plan) -> None:
     if plan.simulator_version != SIMULATOR_VERSION:
         raise ValueError(
             f"{uri} was made by simulator version {plan.simulator_version} (raylens {plan.versions.get('raylens')}), "
-            f"and this is {SIMULATOR_VERSION} (raylens {__version__}), which makes other pixels. Install that version."
+            f"and this is {SIMULATOR_VERSION} (raylens {__version__}), which makes other rows. Install that version."
         )
 
 

@@ -1,8 +1,8 @@
 """Predictions of test sets to `results.json`: the paper's measures, baselines, and all that the figures need.
 
-The measures of section 3 stand for each dataset beside what no image is needed for: the constant,
-and alpha from the true N. Both are fitted on the training labels (`models.Baselines`). Distributions are
-kept as histograms, so that a report needs neither images nor predictions.
+The measures of section 3 stand for each dataset beside what no image is needed for (`models.BASELINES`), as
+fitted on the training labels. Distributions are kept as histograms, so that a report needs neither images
+nor predictions.
 """
 
 from __future__ import annotations
@@ -20,16 +20,8 @@ from raylens.metrics import measure
 
 _NUM_BINS = 60
 
-# What each prediction predicts: a network, or a baseline.
-_TARGETS = {
-    "n_cnn": "num_subhalos",
-    "alpha_cnn": "alpha",
-    "alpha_cnn_true_n": "alpha",
-    "n_constant": "num_subhalos",
-    "alpha_constant": "alpha",
-    "alpha_from_true_n": "alpha",
-}
-_BASELINES = ("n_constant", "alpha_constant", "alpha_from_true_n")
+# What each network predicts.
+_TARGETS = {"n_cnn": "num_subhalos", "alpha_cnn": "alpha", "alpha_cnn_true_n": "alpha"}
 
 # The lens parameters of figure 1.
 _GEOMETRY = ["theta_E", "q", "phi", "x", "y", "z_source"]
@@ -99,15 +91,10 @@ def headline(results: dict[str, Any]) -> dict[str, float | None]:
 def _evaluate_one(
     data: Dataset, columns: dict[str, np.ndarray], n_card: models.Card, alpha_card: models.Card, true_n: bool
 ) -> dict[str, Any]:
-    knots = alpha_card.baselines.num_subhalos, alpha_card.baselines.target_of_num_subhalos
-    columns |= {
-        "n_constant": np.full(data.num_images, n_card.baselines.constant),
-        "alpha_constant": np.full(data.num_images, alpha_card.baselines.constant),
-        "alpha_from_true_n": np.interp(columns["num_subhalos"], *knots),
-    }
     if not true_n:
         del columns["alpha_cnn_true_n"]
-    measured = {name: measure(columns[_TARGETS[name]], columns[name]) for name in _TARGETS if name in columns}
+    truth = columns | data.read(["lens_mass", "theta_E", "subhalo_theta_E"])
+    networks = {name: target for name, target in _TARGETS.items() if name in columns}
     split = data.plan.split
     low, high = support(data.plan.simulation.subhalos.alpha)
     held = SPLITS[split] if SPLITS[split] is not None or low < high else low
@@ -117,10 +104,14 @@ def _evaluate_one(
         "split": split,
         "alpha": held,  # None: varied
         "num_images": data.num_images,
-        **{name: values for name, values in measured.items() if name not in _BASELINES},
-        "baselines": {name: measured[name] for name in _BASELINES},
+        **{name: measure(truth[target], columns[name]) for name, target in networks.items()},
+        "baselines": {
+            name: measure(truth[card.target], baseline.predict(truth, data.num_images))
+            for card in (n_card, alpha_card)
+            for name, baseline in card.baselines.items()
+        },
         "figures": {
-            name: _figures(columns[_TARGETS[name]], columns[name]) for name in measured if name not in _BASELINES
+            name: _figures(truth[target], columns[name], scatter=held is None) for name, target in networks.items()
         },
         "truth": {
             "num_subhalos": _histogram(columns["num_subhalos"]),
@@ -130,14 +121,14 @@ def _evaluate_one(
     }
 
 
-def _figures(true: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
-    """Return what figures 5 to 8 draw: the density of predicted against true, and the errors."""
-    edges = _edges(np.concatenate([true, predicted]))
-    density, _, _ = np.histogram2d(true, predicted, bins=(edges, edges))
-    return {
-        "scatter": {"edges": edges.tolist(), "counts": density.astype(int).tolist()},  # counts[true][predicted]
-        "errors": _histogram(predicted.astype(np.float64) - true),
-    }
+def _figures(true: np.ndarray, predicted: np.ndarray, *, scatter: bool) -> dict[str, Any]:
+    """Return what figures 5 to 8 draw: the errors and, where alpha varies, the density of predicted against true."""
+    drawn = {"errors": _histogram(predicted.astype(np.float64) - true)}
+    if scatter:
+        edges = _edges(np.concatenate([true, predicted]))
+        density, _, _ = np.histogram2d(true, predicted, bins=(edges, edges))
+        drawn["scatter"] = {"edges": edges.tolist(), "counts": density.astype(int).tolist()}  # counts[true][predicted]
+    return drawn
 
 
 def _histogram(values: np.ndarray) -> dict[str, Any]:

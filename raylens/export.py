@@ -46,6 +46,7 @@ TRUTH = {
     "SIGMA_V": ("sigma_v", "velocity dispersion of the lens"),
     "LENSMASS": ("lens_mass", "mass of the lens"),
     "SUBMASS": ("subhalo_mass", "summed mass of subhaloes"),
+    "SUBTHETA": ("subhalo_theta_E", "summed Einstein radius of subhaloes"),
 }
 # The same, where it varies from image to image.
 VARYING = {"SIGMA_S": ("source_sigma", "standard deviation of the light")}

@@ -1,4 +1,4 @@
-"""Figures of a report: what results.json holds of them, drawn as the paper's figures 1 to 3 and 5 to 8.
+"""Figures of a report: what results.json holds of them, drawn as the paper's figures 1 to 8.
 
 Each function returns a matplotlib figure; nothing is simulated or predicted here. Colours are those of
 Okabe and Ito, or run from light to dark, so that they survive colour-blindness and a grey printer.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
@@ -19,9 +19,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle
+from matplotlib.patches import Circle, Rectangle
 
 OURS, PAPER, GREY = "#0072B2", "#D55E00", "#666666"
+
+LOSSES = {"mse": "mean squared", "mae": "mean absolute"}
+TARGETS = {"n-cnn": "N", "alpha-cnn": r"$\alpha$"}  # as a network's output is written
 
 _STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so a page looks the same wherever it is made
@@ -181,6 +184,39 @@ def example(illustration: dict[str, Any]) -> Figure:
 
 
 @styled
+def architecture(networks: dict[str, dict[str, Any]]) -> Figure:
+    """Figure 4: the layers of both networks, as tall as their images and as wide as their filters."""
+    figure = Figure(figsize=(WIDTH, 1.8 * len(networks)), layout="constrained")
+    panels = figure.subplots(len(networks), 1, squeeze=False)[:, 0]
+    for axes, (title, card) in zip(panels, networks.items(), strict=True):
+        x = 0.0
+        for width, height, above, below, colour in _layers(card):
+            axes.add_patch(Rectangle((x, -height / 2), width, height, facecolor=colour, edgecolor="black", alpha=0.6))
+            axes.text(x + width / 2, height / 2 + 0.05, above, ha="center", va="bottom")
+            axes.text(x + width / 2, -height / 2 - 0.05, below, ha="center", va="top")
+            x += width + 0.9
+        axes.set(xlim=(-0.5, max(x, 8)), ylim=(-1.1, 0.75))
+        axes.set_axis_off()
+        axes.set_title(title, loc="left")
+    return figure
+
+
+def _layers(card: dict[str, Any]) -> Iterator[tuple[float, float, str, str, str]]:
+    """Yield width, height, what stands above and below, and colour of each layer, from the image on."""
+    model, side = card["model"], card["num_pixels"]
+    yield 0.06, 1.0, f"{side} × {side}", "image", GREY
+    for layer, num_filters in enumerate(model["filters"], 1):
+        side //= 2
+        below = f"{model['kernel_size']} × {model['kernel_size']}, {model['activation']}\nnormalise, pool"
+        yield num_filters / 80, max(0.5**layer, 0.1), f"{side} × {side} × {num_filters}", below, OURS
+    yield 0.06, 0.8, f"{num_filters * side * side:,}", "flat", GREY
+    yield 0.06, 0.6, f"{model['dense']:,}", f"dense,\n{model['activation']}", PAPER
+    if card["network"] == "alpha-cnn":
+        yield 0.06, 0.1, "N", "beside", GREY
+    yield 0.06, 0.1, TARGETS[card["network"]], "dense", PAPER
+
+
+@styled
 def predictions(entries: list[dict[str, Any]], networks: dict[str, tuple[str, int, _Curves]]) -> Figure:
     """Figures 5 to 8: predicted against true where alpha varies, and the errors at each alpha.
 
@@ -261,7 +297,7 @@ def _errors(axes: Axes, entries: list[dict[str, Any]], name: str, symbol: str, d
 
 @styled
 def learning_curves(networks: dict[str, dict[str, Any]]) -> Figure:
-    """The losses of both networks, epoch by epoch; they are in units of the target's variance."""
+    """The losses of both networks, epoch by epoch, of the target as it is scaled."""
     figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
     for axes, (title, card) in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks.items(), strict=True):
         epochs = [record["epoch"] for record in card["history"]]
@@ -274,7 +310,8 @@ def learning_curves(networks: dict[str, dict[str, Any]]) -> Figure:
             axes.plot(epochs, losses, color=colour, linestyle=style, marker=marker, markersize=3.5, label=label)
         axes.axvline(card["epoch"], color=GREY, linewidth=0.8, linestyle=":", label=f"kept: epoch {card['epoch']}")
         axes.set(yscale="log", xlabel="epoch", title=title, xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
-        axes.set_ylabel("mean squared error / variance")
+        training = card["training"]
+        axes.set_ylabel(f"{LOSSES[training['loss']]} error, {card['target']} {training['labels']}".replace("_", " "))
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")

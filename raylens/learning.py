@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from raylens.config import Precision, Training
+from raylens.config import Loss, Precision, Training
+from raylens.metrics import Sums
 from raylens.models import CNN
 
 # Images in a pass without gradients; on a CPU the layers of more would not stay in its caches.
@@ -36,7 +37,7 @@ class Block(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The rows of a step, and what a squared error counts in its loss: for one worker one over the number of rows."""
+    """The rows of a step, and what the error of one counts in its loss: for one worker one over the number of rows."""
 
     rows: Block
     weight: float
@@ -101,9 +102,9 @@ def no_longer_improves(history: list[dict[str, Any]], training: Training) -> boo
 
 
 class Step:
-    """A step of training: takes a batch, changes the weights, returns the sum of squared standardised errors.
+    """A step of training: takes a batch, changes the weights, returns the sum over its rows of what the loss averages.
 
-    The mean squared error is eq. 2.4, of the standardised target.
+    The mean squared error is eq. 2.4, of the scaled target.
 
     Parameters
     ----------
@@ -113,6 +114,8 @@ class Step:
         The network itself, on its device (`on_device`).
     steps
         Its optimiser, into which a checkpoint, if there is one, has been restored.
+    loss
+        Of the scaled target.
     precision
         bfloat16: of the network's arithmetic where that loses little; weights, loss and optimiser stay float32.
     graph
@@ -125,10 +128,11 @@ class Step:
         network: CNN,
         steps: torch.optim.Optimizer,
         *,
+        loss: Loss = "mse",
         precision: Precision = "float32",
         graph: bool = False,
     ) -> None:
-        self.model, self._network, self._steps = model, network, steps
+        self.model, self._network, self._steps, self._loss = model, network, steps, loss
         device = next(network.parameters()).device
         # Each weight is used once, so that a cache of those cast would only take memory.
         self._autocast = torch.autocast(
@@ -143,12 +147,12 @@ class Step:
         rows, weight = batch
         with self._autocast:
             prediction_B = self.model(rows.image_BHW, rows.num_subhalos_B)
-        error_B = prediction_B - self._network.standardised(rows.target_B)
-        squared_error = error_B.square().sum()
+        error_B = prediction_B - self._network.scaled(rows.target_B)
+        total = (error_B.square() if self._loss == "mse" else error_B.abs()).sum()
         self._steps.zero_grad()
-        (squared_error * weight).backward()
+        (total * weight).backward()
         self._steps.step()
-        return squared_error.detach()
+        return total.detach()
 
 
 class _Graphs:
@@ -198,7 +202,7 @@ class _Graphs:
 
 
 def train_epoch(step: Step, batches: Iterable[Batch]) -> Iterator[Tensor]:
-    """Take a step for each batch; yield its sum of squared standardised errors, on the model's device."""
+    """Take a step for each batch; yield what it returns, on the model's device."""
     step.model.train()
     for batch in batches:
         yield step(batch)
@@ -211,6 +215,12 @@ def predict(network: CNN, image_BHW: Tensor, num_subhalos_B: Tensor) -> Tensor:
     num_at_once = _NUM_AT_ONCE_GPU if image_BHW.is_cuda else _NUM_AT_ONCE_CPU
     pairs = zip(image_BHW.split(num_at_once), num_subhalos_B.split(num_at_once), strict=True)
     return torch.cat([network.in_units(network(image, num_subhalos)) for image, num_subhalos in pairs])
+
+
+def loss_of(sums: Sums, network: CNN, loss: Loss) -> float:
+    """Return the loss of predictions in the units of the dataset, as steps of training count it."""
+    scale = network.target.scale
+    return (sums.rmse / scale) ** 2 if loss == "mse" else sums.mae / scale
 
 
 def validate(network: CNN, blocks: Iterable[Block]) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 gradient: slope of the straight line fitted to predicted against true. RMSE: root of the mean
 squared error, predicted - true. sigma: half the width of the central 68 % of the errors.
-bias: mean error. All but sigma come from sums, which are added over batches, blocks and ranks and
-divided once.
+bias: mean error. Populations differ, so the RMSE also stands over the standard deviation of the true
+values, as relative_rmse: that of their mean, whatever the image, is 1. All but sigma come from sums,
+which are added over batches, blocks and ranks and divided once.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import numpy as np
 class Sums:
     """What gradient, RMSE and bias need of a set of predictions; adding two joins their sets."""
 
-    # number, true, predicted, true^2, true predicted, error, error^2
-    values: np.ndarray = field(default_factory=lambda: np.zeros(7))
+    # number, true, predicted, true^2, true predicted, error, error^2, |error|
+    values: np.ndarray = field(default_factory=lambda: np.zeros(8))
 
     @classmethod
     def of(cls, true: np.ndarray, predicted: np.ndarray) -> Self:
@@ -27,9 +28,9 @@ class Sums:
         if np.shape(true) != np.shape(predicted):
             raise ValueError(f"true and predicted must have one shape; got {np.shape(true)} and {np.shape(predicted)}.")
         t, p = np.asarray(true, np.float64), np.asarray(predicted, np.float64)
-        return cls(
-            np.array([t.size, t.sum(), p.sum(), (t * t).sum(), (t * p).sum(), (p - t).sum(), ((p - t) ** 2).sum()])
-        )
+        error = p - t
+        sums = [value.sum() for value in (t, p, t * t, t * p, error, error * error, np.abs(error))]
+        return cls(np.array([t.size, *sums]))
 
     def __add__(self, other: Self) -> Self:
         return type(self)(self.values + other.values)
@@ -41,7 +42,7 @@ class Sums:
     @property
     def gradient(self) -> float | None:
         """None where the true values do not vary."""
-        n, t, p, tt, tp, _, _ = self.values
+        n, t, p, tt, tp = self.values[:5]
         variance = n * tt - t * t
         # Equal numbers leave a variance of rounding errors.
         return float((n * tp - t * p) / variance) if variance > 1e-9 * n * tt else None
@@ -54,6 +55,18 @@ class Sums:
     def bias(self) -> float:
         return float(self.values[5] / self.values[0])
 
+    @property
+    def mae(self) -> float:
+        """Mean absolute error."""
+        return float(self.values[7] / self.values[0])
+
+    @property
+    def sd(self) -> float | None:
+        """Standard deviation of the true values; None where they do not vary."""
+        n, t, _, tt = self.values[:4]
+        variance = n * tt - t * t
+        return float(np.sqrt(variance) / n) if variance > 1e-9 * n * tt else None
+
 
 def sigma(errors: np.ndarray) -> float:
     """Return half the width of the central 68 % of the errors."""
@@ -62,7 +75,14 @@ def sigma(errors: np.ndarray) -> float:
 
 
 def measure(true: np.ndarray, predicted: np.ndarray) -> dict[str, float | None]:
-    """Return gradient, rmse, sigma and bias of predictions; arrays (images,)."""
+    """Return gradient, rmse, sigma, bias and relative_rmse of predictions; arrays (images,)."""
     sums = Sums.of(true, predicted)
+    sd = sums.sd
     errors = np.asarray(predicted, np.float64) - np.asarray(true, np.float64)
-    return {"gradient": sums.gradient, "rmse": sums.rmse, "sigma": sigma(errors), "bias": sums.bias}
+    return {
+        "gradient": sums.gradient,
+        "rmse": sums.rmse,
+        "sigma": sigma(errors),
+        "bias": sums.bias,
+        "relative_rmse": sums.rmse / sd if sd else None,
+    }

@@ -1,9 +1,9 @@
 """The paper's two networks (section 2.2, figure 4), and a trained network as data: safetensors and JSON.
 
 A network takes images (B, num_pixels, num_pixels) and, for the alpha-CNN, N (B,), in the units of
-the dataset, and gives its target (B,) in the same units. Inside, the target and N are standardised
-by the mean and standard deviation of the training labels, which the paper does not mention and
-without which its N-CNN is biased for many epochs (docs/paper.md).
+the dataset, and gives its target (B,) in the same units. Inside, the target and N are scaled by the
+training labels, as `training.labels` says: mostly by their mean and standard deviation, which the paper
+does not mention and without which its N-CNN is biased for many epochs (docs/paper.md).
 
 Tensors: B images, C channels, H rows, W columns, F features.
 """
@@ -20,12 +20,24 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raylens import storage
-from raylens.config import Model, Settings, Training
+from raylens.baselines import Baseline
+from raylens.config import Loss, Model, Settings, Training
 
 NetworkName = Literal["n-cnn", "alpha-cnn"]
 
 # What each network predicts: a column of a dataset.
 TARGETS: dict[NetworkName, str] = {"n-cnn": "num_subhalos", "alpha-cnn": "alpha"}
+
+# What stands beside its results: what the truth of other columns says of the target without an image.
+BASELINES: dict[NetworkName, dict[str, tuple[str, ...]]] = {
+    "n-cnn": {"n_constant": (), "n_from_ring": ("subhalo_theta_E", "theta_E")},
+    "alpha-cnn": {
+        "alpha_constant": (),
+        "alpha_from_true_n": ("num_subhalos",),
+        "alpha_from_true_n_and_mass": ("num_subhalos", "lens_mass"),
+        "alpha_from_ring": ("subhalo_theta_E", "theta_E"),
+    },
+}
 
 PIXEL_SCALE_TOLERANCE = 1e-3  # relative; over a frame of a thousand pixels it is one of them
 
@@ -33,18 +45,10 @@ _ACTIVATIONS = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "tanh": nn.Tanh
 
 
 class Scaling(Settings):
-    """Standardises a label: (value - mean) / sd."""
+    """How a network sees a label: (value - offset) / scale."""
 
-    mean: float
-    sd: float = Field(gt=0)
-
-
-class Baselines(Settings):
-    """What the training labels alone predict; stands beside every result."""
-
-    constant: float  # the mean of the target
-    num_subhalos: list[float]  # knots of the curve below, increasing
-    target_of_num_subhalos: list[float]  # the mean of the target at them
+    offset: float
+    scale: float = Field(gt=0)
 
 
 class Card(Settings):
@@ -52,7 +56,7 @@ class Card(Settings):
 
     network: NetworkName
     target: str
-    loss: Literal["mse"] = "mse"  # of the standardised target
+    loss: Loss  # of the scaled target
     num_pixels: int = Field(ge=1, le=4096)
     pixel_scale: float = Field(gt=0)  # of the images it was trained on [arcsec]
     normalised: bool  # whether those were scaled to minimum 0 and maximum 1
@@ -61,7 +65,7 @@ class Card(Settings):
     training: Training
     target_scaling: Scaling
     num_subhalos_scaling: Scaling
-    baselines: Baselines
+    baselines: dict[str, Baseline]  # by the name under which results.json has its measures
     recipe: str
     dataset: str  # URI
     dataset_digest: str
@@ -121,20 +125,20 @@ class CNN(nn.Module):
         self.head = nn.Linear(model.dense + self.takes_num_subhalos, 1)
 
     def forward(self, image_BHW: Tensor, num_subhalos_B: Tensor) -> Tensor:
-        """Return the standardised prediction (B,); the N-CNN does not look at num_subhalos_B."""
+        """Return the scaled prediction (B,); the N-CNN does not look at num_subhalos_B."""
         features_BF = self.features(image_BHW.unsqueeze(1))
         if self.takes_num_subhalos:
-            standardised_B = (num_subhalos_B - self.num_subhalos.mean) / self.num_subhalos.sd
-            features_BF = torch.cat([features_BF, standardised_B.unsqueeze(1)], dim=1)
+            scaled_B = (num_subhalos_B - self.num_subhalos.offset) / self.num_subhalos.scale
+            features_BF = torch.cat([features_BF, scaled_B.unsqueeze(1)], dim=1)
         return self.head(features_BF).squeeze(1)
 
-    def standardised(self, target_B: Tensor) -> Tensor:
+    def scaled(self, target_B: Tensor) -> Tensor:
         """Return the target as `forward` predicts it."""
-        return (target_B - self.target.mean) / self.target.sd
+        return (target_B - self.target.offset) / self.target.scale
 
     def in_units(self, prediction_B: Tensor) -> Tensor:
         """Return what `forward` predicts in the units of the dataset."""
-        return prediction_B * self.target.sd + self.target.mean
+        return prediction_B * self.target.scale + self.target.offset
 
 
 def num_parameters(model: nn.Module) -> int:

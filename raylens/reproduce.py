@@ -1,7 +1,8 @@
 """The main job: simulate, train both networks, evaluate, report, each stage skipped when its output stands.
 
-Below the root lie the datasets, the runs (named, like the datasets, by what made them),
-`results.json`, `report.html`, and `stages.json`, which remembers what each stage cost.
+Below the root of an experiment lie the datasets, the runs (named, like the datasets, by what made them),
+`results.json`, `report.html`, and `stages.json`, which remembers what each stage cost. Several experiments
+have a root each below a common one, by their names, and there a report on all of them.
 """
 
 from __future__ import annotations
@@ -17,16 +18,44 @@ from raylens.config import SPLITS, Experiment, Network, digest
 from raylens.dataset import Dataset
 from raylens.simulate import require_drawable
 
-# Told of each stage: its name, and the progress within it as the stage reports it.
-Begin = Callable[[str], Callable[..., None]]
+# Told of each stage: the experiment, its name, and the progress within it as the stage reports it.
+Begin = Callable[[Experiment, str], Callable[..., None]]
 
 
-def reproduce(experiment: Experiment, root: str, *, begin: Begin = lambda stage: lambda *facts: None) -> dict[str, Any]:
+def reproduce_all(experiments: list[Experiment], root: str, *, begin: Begin) -> dict[str, Any]:
+    """Run several experiments below a root, or what is missing of them; return where all is and the cost.
+
+    Raises
+    ------
+    ValueError
+        If two have one name, or one of them cannot be drawn.
+    """
+    root = storage.absolute(root)
+    names = [experiment.name for experiment in experiments]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"each experiment needs a name of its own, as a folder below {root}; {twice} is there twice.")
+    for experiment in experiments:
+        _require_drawable(experiment)
+    reproduced = [reproduce(experiment, storage.join(root, experiment.name), begin=begin) for experiment in experiments]
+    page = storage.join(root, "report.html")
+    storage.write(page, report.report([json.loads(storage.read(facts["results"])) for facts in reproduced]))
+    summed = ("seconds", "cpu_seconds", "gpu_seconds")
+    return {
+        "experiments": dict(zip(names, reproduced, strict=True)),
+        "report": page,
+        "metrics": {name: facts["metrics"] for name, facts in zip(names, reproduced, strict=True)},
+        **{key: sum(facts[key] for facts in reproduced) for key in summed},
+    }
+
+
+def reproduce(
+    experiment: Experiment, root: str, *, begin: Begin = lambda experiment, stage: lambda *facts: None
+) -> dict[str, Any]:
     """Run an experiment below a root, or what is missing of it; return where all is, the metrics and the cost."""
     started = time.perf_counter()
     root = storage.absolute(root)
-    for split in SPLITS:  # all of them, before hours go into the first
-        require_drawable(experiment.simulation, split)
+    _require_drawable(experiment)
     stages = _Stages(root)
     datasets: dict[str, Dataset] = {}
     num_made = 0.0
@@ -38,7 +67,7 @@ def reproduce(experiment: Experiment, root: str, *, begin: Begin = lambda stage:
             recipe=experiment.name,
             split=split,
             num_images=experiment.num_images.of(split),
-            progress=begin(stage),
+            progress=begin(experiment, stage),
         )
         # More may stand; the experiment is on as many as it says.
         datasets[split] = Dataset.open(simulated.dataset, experiment.num_images.of(split))
@@ -55,7 +84,7 @@ def reproduce(experiment: Experiment, root: str, *, begin: Begin = lambda stage:
     results = _standing_results(place, experiment, tests, runs)
     if results is None:
         results = evaluate.evaluate(
-            tests, n_cnn=runs["n-cnn"], alpha_cnn=runs["alpha-cnn"], true_n=True, progress=begin("evaluate")
+            tests, n_cnn=runs["n-cnn"], alpha_cnn=runs["alpha-cnn"], true_n=True, progress=begin(experiment, "evaluate")
         )
         stages.add("evaluate", results["cost"])
     results |= {"experiment": experiment.as_dict(), "stages": stages.records, "machine": asdict(cluster.connect())}
@@ -75,6 +104,11 @@ def reproduce(experiment: Experiment, root: str, *, begin: Begin = lambda stage:
         **stages.spent,
         "images_per_second": num_made / seconds,  # simulated, in all this time
     }
+
+
+def _require_drawable(experiment: Experiment) -> None:
+    for split in SPLITS:  # all of them, before hours go into the first
+        require_drawable(experiment.simulation, split)
 
 
 def _trained(
@@ -102,7 +136,7 @@ def _trained(
             validation=datasets["validation"],
             recipe=experiment.name,
             resume=True,
-            progress=begin(f"train {name}"),
+            progress=begin(experiment, f"train {name}"),
         )
         card = models.read_card(run, name)
         whole = {"images_per_second": card.metrics["images_per_second"], **card.as_dict()}

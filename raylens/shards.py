@@ -36,6 +36,7 @@ TRUTH: dict[str, tuple[pa.DataType, str, str]] = {
     "sigma_v": (pa.float64(), "km/s", "velocity dispersion of the lens"),
     "lens_mass": (pa.float64(), "Msun", "mass of the lens"),
     "subhalo_mass": (pa.float64(), "Msun", "summed mass of the subhaloes"),
+    "subhalo_theta_E": (pa.float64(), "arcsec", "summed Einstein radius of the subhaloes"),
 }
 CATALOGUE: dict[str, tuple[str, str]] = {
     "subhalos_x": ("arcsec", "position of each subhalo, in the order in which they were drawn"),

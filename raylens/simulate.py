@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raylens.config import SPLITS, Normal, Simulation, Uniform, quantile, support
+from raylens.config import SPLITS, Normal, Simulation, Subhalos, Uniform, quantile, support
 from raylens.image import normalise
 from raylens.physics import lenses, render
 from raylens.physics.cosmology import distance_ratio
@@ -85,6 +85,7 @@ def simulate_block(
             for name in ("theta_E", "q", "phi", "x", "y", "z_lens", "z_source", "sigma_v", "lens_mass")
         },
         "subhalo_mass": draws.sum_over_subhalos(draws.subhalos_mass),
+        "subhalo_theta_E": draws.sum_over_subhalos(draws.subhalos_theta_E),
         "source_sigma": draws.source_sigma,
     }
     if simulation.output.catalogue:
@@ -108,12 +109,13 @@ def typical_num_subhalos(simulation: Simulation, split: str) -> float:
     """Return the mean N of a lens of middling redshifts and size at the steepest slope of a split."""
     lens, source, population = simulation.lens, simulation.source, simulation.subhalos
     middle = np.array([0.5])
-    ratio = distance_ratio(quantile(lens.z_lens, middle), quantile(source.z, middle))
+    ratio = distance_ratio(quantile(lens.z_lens, middle), quantile(source.z, middle), cosmology=simulation.cosmology)
     lens_mass = float(lenses.mass(lenses.velocity_dispersion(quantile(lens.theta_E, middle), ratio))[0])
     return mean_num_subhalos(
         alpha=support(_slopes(simulation, split))[0],
         mass_min=population.mass_min,
         mass_max=population.mass_max,
+        mass_function=population.mass_function,
         mass_to_reach=population.mass_fraction * lens_mass,
     )
 
@@ -138,11 +140,15 @@ def draw_block(simulation: Simulation, indices: np.ndarray | range | list[int], 
     x, y, z_lens = quantile(lens.x, u[4]), quantile(lens.y, u[5]), quantile(lens.z_lens, u[6])
     z_source, source_sigma = quantile(source.z, u[7]), quantile(source.sigma, u[8])
 
-    ratio = distance_ratio(z_lens, z_source)
+    ratio = distance_ratio(z_lens, z_source, cosmology=simulation.cosmology)
+    ratio_of_subhalos = ratio
+    if population.z_lens is not None:
+        there = np.full_like(z_source, population.z_lens)
+        ratio_of_subhalos = distance_ratio(there, z_source, cosmology=simulation.cosmology)
     sigma_v = lenses.velocity_dispersion(theta_E, ratio)
     lens_mass = lenses.mass(sigma_v)
     catalogues = [
-        _draw_subhalos(sky, slope, population.mass_min, population.mass_max, population.mass_fraction * mass)
+        _draw_subhalos(sky, slope, population, population.mass_fraction * mass)
         for sky, slope, mass in zip(skies, alpha, lens_mass, strict=True)
     ]
     num_subhalos = np.array([len(masses) for masses, _ in catalogues], dtype=np.int64)
@@ -159,7 +165,7 @@ def draw_block(simulation: Simulation, indices: np.ndarray | range | list[int], 
         subhalos_y=np.repeat(y, num_subhalos) + distance * np.sin(angle),
         subhalos_mass=subhalos_mass,
         subhalos_theta_E=lenses.einstein_radius(
-            lenses.velocity_dispersion_of_mass(subhalos_mass), np.repeat(ratio, num_subhalos)
+            lenses.velocity_dispersion_of_mass(population.h * subhalos_mass), np.repeat(ratio_of_subhalos, num_subhalos)
         ),
         first_subhalo=np.concatenate([[0], np.cumsum(num_subhalos)]),
     )  # fmt: skip
@@ -175,7 +181,13 @@ def render_block(draws: Draws) -> np.ndarray:
     images = render_light(draws)
     if camera.signal_to_noise is not None:
         images += noise_sigma(images, draws.simulation)[:, None, None] * _noise(draws)
-    return normalise(images) if camera.normalise else images
+    if not camera.normalise:
+        return images
+    images = normalise(images)
+    if camera.bits is None:
+        return images
+    highest = np.float32(2**camera.bits - 1)
+    return np.rint(images * highest) / highest
 
 
 def render_light(draws: Draws) -> np.ndarray:
@@ -194,6 +206,7 @@ def render_light(draws: Draws) -> np.ndarray:
         pixel_scale=camera.pixel_scale,
         psf_sigma=camera.psf_sigma,
         supersampling=camera.supersampling,
+        source_cut=draws.simulation.source.cut,
     )
 
 
@@ -253,7 +266,7 @@ def _generator(key: np.ndarray, stream: int, index: int) -> np.random.Generator:
 
 
 def _draw_subhalos(
-    sky: np.random.Generator, alpha: float, mass_min: float, mass_max: float, mass_to_reach: float
+    sky: np.random.Generator, alpha: float, population: Subhalos, mass_to_reach: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the masses [Msun], (N,), and two numbers in [0, 1) for the place of each, (N, 2).
 
@@ -263,7 +276,13 @@ def _draw_subhalos(
     while True:
         # Three numbers a subhalo, in its turn: how many are drawn at once does not matter.
         drawn = np.concatenate([drawn, sky.random((max(_NUM_DRAWN_AT_ONCE, len(drawn)), 3))])
-        masses = mass_quantile(drawn[:, 0], alpha=alpha, mass_min=mass_min, mass_max=mass_max)
+        masses = mass_quantile(
+            drawn[:, 0],
+            alpha=alpha,
+            mass_min=population.mass_min,
+            mass_max=population.mass_max,
+            mass_function=population.mass_function,
+        )
         num = 1 + int(np.searchsorted(np.cumsum(masses), mass_to_reach))
         if num <= len(masses):
             return masses[:num], drawn[:num, 1:]

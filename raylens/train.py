@@ -29,10 +29,10 @@ import torch
 import torch.distributed
 from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 
-from raylens import __version__, checkpoint, cluster, dataset, learning, models, shards, share, storage
+from raylens import __version__, baselines, checkpoint, cluster, dataset, learning, models, shards, share, storage
 from raylens.board import Board
 from raylens.checkpoint import Position
-from raylens.config import Network
+from raylens.config import Labels, Network
 from raylens.dataset import Dataset
 from raylens.metrics import Sums
 
@@ -279,22 +279,26 @@ def untrained(
     num_workers: int,
 ) -> models.Card:
     """Return what is known of a network before it is trained; scaling and baselines come from training labels alone."""
-    labels = data.read(["index", "num_subhalos", "alpha"])
-    used = ~held_out[labels["index"]]
-    target = labels[models.TARGETS[name]][used].astype(np.float64)
-    num_subhalos = labels["num_subhalos"][used].astype(np.float64)
+    columns = data.read(["index", "num_subhalos", "alpha", "lens_mass", "theta_E", "subhalo_theta_E"])
+    used = ~held_out[columns.pop("index")]
+    labels = {column: values[used].astype(np.float64) for column, values in columns.items()}
+    target = labels[models.TARGETS[name]]
     card = models.Card(
         network=name,
         target=models.TARGETS[name],
+        loss=network.training.loss,
         num_pixels=data.num_pixels,
         pixel_scale=data.plan.simulation.camera.pixel_scale,
         normalised=data.plan.simulation.camera.normalise,
         num_parameters=0,
         model=network.model,
         training=network.training,
-        target_scaling=_scaling(target),
-        num_subhalos_scaling=_scaling(num_subhalos),
-        baselines=_baselines(target, num_subhalos),
+        target_scaling=_scaling(target, network.training.labels),
+        num_subhalos_scaling=_scaling(labels["num_subhalos"], network.training.labels),
+        baselines={
+            baseline: baselines.fit(target, {column: labels[column] for column in given})
+            for baseline, given in models.BASELINES[name].items()
+        },
         recipe=recipe,
         dataset=data.uri,
         dataset_digest=data.plan.digest,
@@ -315,20 +319,13 @@ def untrained(
     return card.override({"num_parameters": models.num_parameters(models.build(card))})
 
 
-def _scaling(values: np.ndarray) -> models.Scaling:
+def _scaling(values: np.ndarray, labels: Labels) -> models.Scaling:
+    if labels == "raw":
+        return models.Scaling(offset=0.0, scale=1.0)
     # A label that does not vary (a held slope) is left where it is.
-    return models.Scaling(mean=float(values.mean()), sd=float(values.std()) or 1.0)
-
-
-def _baselines(target: np.ndarray, num_subhalos: np.ndarray) -> models.Baselines:
-    """Fit the mean of the target as a function of N by its means in bins of equal numbers of images."""
-    order = np.argsort(num_subhalos, kind="stable")
-    num_bins = int(np.clip(len(order) // 50, 1, 64))  # fifty images fix a mean to a seventh of the spread
-    bins = np.array_split(order, num_bins)
-    means = {float(num_subhalos[rows].mean()): float(target[rows].mean()) for rows in bins}
-    return models.Baselines(
-        constant=float(target.mean()), num_subhalos=list(means), target_of_num_subhalos=list(means.values())
-    )
+    if labels == "unit":
+        return models.Scaling(offset=float(values.min()), scale=float(np.ptp(values)) or 1.0)
+    return models.Scaling(offset=float(values.mean()), scale=float(values.std()) or 1.0)
 
 
 @contextmanager
@@ -415,6 +412,7 @@ class _Rank:
             ray.train.torch.prepare_model(self.network),
             self.network,
             self.steps,
+            loss=training.loss,
             precision=training.precision,
             graph=self.device.type == "cuda" and self.world_size == 1,
         )
@@ -444,7 +442,7 @@ class _Rank:
                         f"training diverged: the validation loss after epoch {position.epoch} is not a finite number."
                     )
                 position.history.append(record)
-                position.step, position.squared_error_sum, position.seconds = 0, 0.0, 0.0
+                position.step, position.loss_sum, position.seconds = 0, 0.0, 0.0
                 if board:
                     board.add(record, true_B, predicted_B)
                     lines = "".join(json.dumps(line) + "\n" for line in position.history)
@@ -475,17 +473,17 @@ class _Rank:
 
         # The sum of all ranks stands in the checkpoint, and the first goes on with it.
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        total += position.squared_error_sum if self.rank == 0 else 0.0
+        total += position.loss_sum if self.rank == 0 else 0.0
         batches = timed(self.share.batches(self.epoch, seed, position.step))
-        for squared_error in learning.train_epoch(self.take_step, batches):
-            total += squared_error
+        for step_loss in learning.train_epoch(self.take_step, batches):
+            total += step_loss
             position.step += 1
             if position.step % _STEPS_BETWEEN_LOOKS == 0 and position.step < self.epoch.num_steps:
                 diverged, due = self._look(total)
                 if diverged:
                     break
                 if due:
-                    position.squared_error_sum = float(self._sum_over_ranks(total))
+                    position.loss_sum = float(self._sum_over_ranks(total))
                     position.seconds = before + time.perf_counter() - started
                     # Of two checkpoints Ray holds one without a loss for the better, and cannot read a NaN again.
                     self._checkpoint({"validation_loss": sys.float_info.max})
@@ -518,7 +516,7 @@ class _Rank:
         trained = self.card.num_training_images / record["images_per_second"]
         clock = self.config["clock"]
         record |= {
-            "validation_loss": (sums.rmse / self.network.target.sd) ** 2,
+            "validation_loss": learning.loss_of(sums, self.network, self.card.training.loss),
             "validation_rmse": sums.rmse,
             "validation_gradient": sums.gradient,
             "validation_bias": sums.bias,

@@ -81,8 +81,8 @@ class Trial:
         seed = share.seed_of(training.seed, position.epoch, 0)
         torch.manual_seed(seed)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for squared_error in learning.train_epoch(self.take_step, self.share.batches(self.epoch, seed)):
-            total += squared_error
+        for step_loss in learning.train_epoch(self.take_step, self.share.batches(self.epoch, seed)):
+            total += step_loss
         loss = float(total) / self.epoch.num_images
         spent = time.perf_counter() - started
         true_B, predicted_B = learning.validate(self.network, self.validation.blocks())
@@ -95,7 +95,7 @@ class Trial:
             "learning_rate": learning.learning_rate(training, position.epoch),
             "batch_size": training.batch_size,
             "images_per_second": self.epoch.num_images / spent,
-            "validation_loss": (sums.rmse / self.network.target.sd) ** 2,
+            "validation_loss": learning.loss_of(sums, self.network, training.loss),
             "validation_rmse": sums.rmse,
             "validation_gradient": sums.gradient,
             "validation_bias": sums.bias,
@@ -113,6 +113,7 @@ class Trial:
             self.network,
             self.network,
             self.steps,
+            loss=self.card.training.loss,
             precision=self.card.training.precision,
             graph=self.device.type == "cuda",
         )

@@ -16,13 +16,14 @@ ORDER = [
     "config", "image", "storage", "recipes", "search", "campaign",
     "physics.cosmology", "physics.lenses", "physics.subhalos", "physics.render", "physics.reference",
     "simulate", "shards", "dataset", "export", "card", "illustrate", "cluster", "generate",
-    "models", "metrics", "learning", "share", "checkpoint", "board", "train", "trial", "figures", "page", "findings",
-    "tune", "onnx_model", "intake", "predict", "evaluate", "paper", "report", "reproduce", "doctor", "cli", "__main__",
+    "baselines", "models", "metrics", "learning", "share", "checkpoint", "board", "train", "trial", "figures", "page",
+    "findings", "tune", "onnx_model", "intake", "predict", "evaluate", "paper", "report", "reproduce", "doctor",
+    "cli", "__main__",
 ]  # fmt: skip
 
 # The sky, of which the network must learn from images alone.
 SKY = ("physics", "simulate", "card", "illustrate", "generate")
-BELOW_THE_WALL = ORDER[ORDER.index("models") : ORDER.index("reproduce")]
+BELOW_THE_WALL = ORDER[ORDER.index("baselines") : ORDER.index("reproduce")]
 
 WITH_RAY = {"cluster", "generate", "train", "tune", "predict"}
 
@@ -120,7 +121,7 @@ from raylens import config, dataset, learning, metrics, models, shards, simulate
 simulation = config.Simulation().override({"camera.num_pixels": 8, "subhalos.mass_min": 5e9})
 rows = simulate.simulate_block(simulation, range(4))
 image_BHW = torch.from_numpy(shards.images(shards.to_table(rows, simulation)).copy())
-scaling = models.Scaling(mean=0.0, sd=1.0)
+scaling = models.Scaling(offset=0.0, scale=1.0)
 network = models.CNN(
     "n-cnn", config.Model(filters=(4,), kernel_size=3, dense=8), num_pixels=8, target=scaling, num_subhalos=scaling
 )

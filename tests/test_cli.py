@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 
 from raylens import models, recipes, reproduce, storage
+from raylens.baselines import Baseline
 from raylens.config import Model, Training
 
 
@@ -47,13 +48,15 @@ def half(data, tmp_path) -> str:
 
 def make_run(run: Path, network: str, num_pixels: int, *, pixel_scale: float = 0.75, normalised: bool = True) -> str:
     """Write a run with a network that nobody trained."""
-    scaling = models.Scaling(mean=1.0, sd=2.0)
+    scaling = models.Scaling(offset=1.0, scale=2.0)
     card = models.Card(
-        network=network, target=models.TARGETS[network], num_pixels=num_pixels, pixel_scale=pixel_scale,
+        network=network, target=models.TARGETS[network], loss="mse", num_pixels=num_pixels, pixel_scale=pixel_scale,
         normalised=normalised, num_parameters=1,
         model=Model(filters=(4,), kernel_size=3, dense=8), training=Training(), target_scaling=scaling,
         num_subhalos_scaling=scaling,
-        baselines=models.Baselines(constant=1.0, num_subhalos=[1.0], target_of_num_subhalos=[1.0]),
+        baselines={
+            name: Baseline(given=[], low=[], high=[], coefficients=[1.0]) for name in models.BASELINES[network]
+        },
         recipe="tiny", dataset="nowhere", dataset_digest="00000000", validation_dataset=None, num_training_images=1,
         num_validation_images=1, num_workers=1, num_threads=1, share="resident", device="cpu", epoch=1,
         seconds=1.0, cpu_seconds=1.0, gpu_seconds=0.0, versions={},

@@ -44,6 +44,27 @@ def test_network_overfits_eight_images(name, optimizer, precision, left):
     assert squared_error_sum / 8 < left * data.target_B.var()
 
 
+@pytest.mark.parametrize(("loss", "best"), [("mse", 2.5), ("mae", 1.0)])
+def test_a_loss_is_least_where_it_should_be(loss, best):
+    """Of images that are all alike the squared error learns the mean, and the absolute error the median."""
+    torch.manual_seed(0)
+    cnn = network("n-cnn", SMALL, num_pixels=12)
+    target_B = torch.tensor([0.0, 1.0, 1.0, 8.0])
+    data = learning.Block(torch.ones(4, 12, 12), torch.zeros(4), target_B)
+    step = learning.Step(cnn, cnn, learning.optimizer(cnn, Training(learning_rate=1e-3)), loss=loss)
+
+    totals = list(learning.train_epoch(step, [learning.Batch(data, 1 / 4)] * 1500))
+    predicted_B = learning.predict(cnn.train(), data.image_BHW, data.num_subhalos_B)
+
+    features_B = cnn.head(cnn.train().features(data.image_BHW.unsqueeze(1))).squeeze(1)  # as it was trained
+    assert features_B.tolist() == pytest.approx([best] * 4, abs=0.2)
+    errors_B = features_B - target_B
+    expected = errors_B.square().sum() if loss == "mse" else errors_B.abs().sum()
+    assert float(totals[-1]) == pytest.approx(float(expected), rel=0.2)
+    sums = Sums.of(target_B.numpy(), predicted_B.numpy())
+    assert learning.loss_of(sums, cnn, loss) == pytest.approx(sums.rmse**2 if loss == "mse" else sums.mae)
+
+
 def test_only_the_networks_arithmetic_is_rounded_to_bfloat16():
     """Weights that were rounded would lose small steps, and a rounded prediction would be another measure."""
     errors, cnns = [], []

@@ -21,7 +21,8 @@ def test_metric_does_not_depend_on_how_rows_are_split_over_ranks(true, num_ranks
     apart = sum((Sums.of(true[rank == r], predicted[rank == r]) for r in range(num_ranks)), Sums())
 
     assert apart.num_images == together.num_images
-    np.testing.assert_allclose([apart.rmse, apart.bias], [together.rmse, together.bias], rtol=1e-9, atol=1e-9)
+    parts, whole = ([sums.rmse, sums.bias, sums.mae] for sums in (apart, together))
+    np.testing.assert_allclose(parts, whole, rtol=1e-9, atol=1e-9)
 
 
 def test_gradient_is_the_slope_of_numpys_fitted_line():
@@ -50,7 +51,7 @@ def test_sigma_of_a_normal_distribution_is_its_standard_deviation():
 def test_bias_is_positive_where_too_much_is_predicted():
     """The sign carries the paper's claim that N is over-predicted at shallow slopes."""
     assert measure(np.array([1.0, 2.0]), np.array([2.0, 3.0])) == pytest.approx(
-        {"gradient": 1.0, "rmse": 1.0, "sigma": 0.0, "bias": 1.0}
+        {"gradient": 1.0, "rmse": 1.0, "sigma": 0.0, "bias": 1.0, "relative_rmse": 2.0}
     )
 
 

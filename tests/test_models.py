@@ -7,9 +7,10 @@ import safetensors.torch
 import torch
 
 from raylens import models
+from raylens.baselines import Baseline
 from raylens.config import Experiment, Model
 
-UNSCALED = models.Scaling(mean=0.0, sd=1.0)
+UNSCALED = models.Scaling(offset=0.0, scale=1.0)
 
 
 def network(name: str, model: Model | None = None, num_pixels: int = 60) -> models.CNN:
@@ -58,23 +59,23 @@ def test_layers_that_pool_the_image_away_are_refused():
         network("n-cnn", deep, num_pixels=30)
 
 
-def test_standardising_is_undone_in_units():
+def test_scaling_is_undone_in_units():
     """Scaling is an inner affair: what goes in and comes out is in the units of the dataset."""
     model = network("n-cnn")
-    model.target = models.Scaling(mean=383.0, sd=176.0)
+    model.target = models.Scaling(offset=383.0, scale=176.0)
     target_B = torch.tensor([24.0, 383.0, 1667.0])
 
-    torch.testing.assert_close(model.in_units(model.standardised(target_B)), target_B)
+    torch.testing.assert_close(model.in_units(model.scaled(target_B)), target_B)
 
 
 def card(**changes) -> models.Card:
     experiment = Experiment()
     values = {
-        "network": "n-cnn", "target": "num_subhalos", "num_pixels": 8, "pixel_scale": 0.75,
+        "network": "n-cnn", "target": "num_subhalos", "loss": "mse", "num_pixels": 8, "pixel_scale": 0.75,
         "normalised": True, "num_parameters": 1,
         "model": Model(filters=(2,), kernel_size=3), "training": experiment.n_cnn.training,
         "target_scaling": UNSCALED, "num_subhalos_scaling": UNSCALED,
-        "baselines": models.Baselines(constant=0.0, num_subhalos=[1.0], target_of_num_subhalos=[0.0]),
+        "baselines": {"n_constant": Baseline(given=[], low=[], high=[], coefficients=[0.0])},
         "recipe": "smoke", "dataset": "d", "dataset_digest": "00000000", "validation_dataset": None,
         "num_training_images": 1, "num_validation_images": 1, "num_workers": 1, "num_threads": 1,
         "share": "resident", "device": "cpu", "epoch": 1, "metrics": {}, "seconds": 1.0,

@@ -1,14 +1,18 @@
 """The main job on real components, small: every stage, its output, and that nothing is done twice."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pages import Page
 from test_cli import make_run
 
-from raylens import generate, models, reproduce, storage
-from raylens.config import Experiment
+from raylens import generate, models, reproduce, shards, storage
+from raylens.config import SPLITS, Experiment
+from raylens.dataset import Dataset
 from raylens.recipes import smoke
 
 TINY = (
@@ -96,6 +100,61 @@ def test_an_experiment_of_which_a_split_cannot_be_drawn_is_refused_at_once(tmp_p
     with pytest.raises(ValueError, match=r"split test-alpha-2\.4 would hold about"):
         reproduce.reproduce(experiment, str(tmp_path / "root"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, ray_cluster):
+    """Two experiments that differ in their test sets alone, reproduced together."""
+    experiment = Experiment.parse(TINY).override({"training.num_epochs": 4, "training.learning_rate": 1e-2})
+    other = experiment.override({"name": "other", "num_images.test": 30, "num_images.test_alpha": 10})
+    root = str(tmp_path_factory.mktemp("both"))
+    return root, reproduce.reproduce_all([experiment, other], root, begin=lambda *stage: lambda *facts: None)
+
+
+def test_networks_know_nothing_of_the_test_sets(both):
+    """Not tuned to the test set: no image of it is trained or validated on, and the epoch is that of validation."""
+    facts, without = both[1]["experiments"].values()
+
+    digests = {split: digests_of_images(Dataset.open(uri)) for split, uri in facts["datasets"].items()}
+    assert set(digests) == set(SPLITS)
+    assert sum(map(len, digests.values())) == len(set.union(*digests.values())) == 200 + 40 + 80 + 5 * 20
+    tested = [entry["dataset"] for entry in json.loads(storage.read(facts["results"]))["datasets"]]
+    assert tested == [uri for split, uri in facts["datasets"].items() if split.startswith("test")]
+    for name, run in facts["runs"].items():
+        card = models.read_card(run, name)
+        assert (card.dataset, card.validation_dataset) == (facts["datasets"]["train"], facts["datasets"]["validation"])
+        history = [json.loads(line) for line in storage.read(f"{run}/metrics.jsonl").splitlines()]
+        assert card.epoch == min(history, key=lambda record: record["validation_loss"])["epoch"]
+        # Other test sets, and yet the same network of the same epoch.
+        assert models.read_card(without["runs"][name], name).epoch == card.epoch
+        weights = [storage.read(f"{where['runs'][name]}/model.safetensors") for where in (facts, without)]
+        assert weights[0] == weights[1]
+
+
+def digests_of_images(data: Dataset) -> set[bytes]:
+    images = np.concatenate([shards.images(shards.read(uri, ["image"])[:num]) for uri, num in data.parts])
+    return {hashlib.sha256(image.tobytes()).digest() for image in images}
+
+
+def test_several_experiments_have_a_folder_each_and_a_report_on_all(both):
+    """As the paper has four; each can be gone on with alone."""
+    root, facts = both
+
+    assert [facts["experiments"][name]["results"] for name in ("tiny", "other")] == [
+        f"{root}/{name}/results.json" for name in ("tiny", "other")
+    ]
+    assert facts["metrics"] == {name: one["metrics"] for name, one in facts["experiments"].items()}
+    rows = Page(Path(facts["report"]).read_text()).table("At a glance")
+    assert [row[0][0] for row in rows] == ["tiny", "other"]
+
+
+def test_several_experiments_of_one_name_are_refused(cli, recipe, tmp_path):
+    """The second would go on with the first one's runs."""
+    refused = cli("reproduce", recipe, recipe, "--to", str(tmp_path / "root"))
+
+    assert refused.returncode == 1
+    assert "each experiment needs a name of its own" in refused.stderr
+    assert not (tmp_path / "root").exists()
 
 
 def test_main_job_runs_on_object_storage(cli, s3, recipe):

@@ -21,7 +21,7 @@ PAPER = {
     "kernel_size": {3, 5, 7, 9, 11},
     "filters": {8, 16, 32, 64, 128},
 }
-UNSCALED = models.Scaling(mean=0.0, sd=1.0)
+UNSCALED = models.Scaling(offset=0.0, scale=1.0)
 
 
 def small(**values: list) -> Search:

@@ -176,6 +176,28 @@ def test_einstein_radius_stays_when_the_source_moves():
     assert near.num_subhalos.sum() > far.num_subhalos.sum()
 
 
+def test_coded_recipe_has_the_population_of_the_papers_released_code():
+    """What that code draws: docs/paper.md."""
+    draws = draw_block(recipes.coded_fixed().simulation, range(3_000))
+
+    masses, first = np.unique(draws.subhalos_mass, return_index=True)
+    np.testing.assert_allclose(masses, [1e8, 1e9, 1e10, 1e11], rtol=1e-12)
+    np.testing.assert_allclose(draws.subhalos_theta_E[first], [2.45e-4, 1.14e-3, 5.28e-3, 2.45e-2], rtol=3e-3)
+    np.testing.assert_allclose(0.1 * draws.lens_mass, 1.44e12, rtol=5e-3)
+    assert np.median(draws.num_subhalos) == pytest.approx(267, rel=0.03)
+    assert draws.num_subhalos.min() == pytest.approx(69, rel=0.2)
+    assert draws.num_subhalos.max() == pytest.approx(902, rel=0.1)
+
+
+@pytest.mark.parametrize("bits", [1, 8])
+def test_pixels_are_rounded_to_as_many_values_as_there_are_bits_for(bits):
+    """And to the nearest of them, so that no light is lost."""
+    exact, rounded = (simulate_block(varied(**{"camera.bits": n}), range(4))["image"] for n in (None, bits))
+
+    assert len(np.unique(rounded)) <= 2**bits
+    np.testing.assert_allclose(rounded, exact, rtol=0, atol=0.501 / (2**bits - 1))
+
+
 def test_unknown_split_is_refused():
     """A slip of the pen would otherwise be a fresh random stream under a name nobody reads."""
     with pytest.raises(ValueError, match=r"^tset is no split; the splits are train, validation, test, test-alpha-1\.6"):

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from raylens import learning, models, train
+from raylens import learning, models, shards, train
 from raylens.cli import _Epochs, _Talk
 from raylens.config import Model, Network, Simulation, Training
 from raylens.dataset import Dataset
@@ -53,6 +53,30 @@ def test_a_run_holds_what_the_design_says(whole):
     assert names == set(models.build(card).state_dict())
     assert (card.num_training_images, card.num_validation_images) == (135, 15)
     assert os.listdir(f"{whole}/tensorboard")
+
+
+@pytest.mark.parametrize("labels", ["raw", "unit", "standardised"])
+def test_labels_are_scaled_and_losses_counted_as_the_settings_say(labels, data, tmp_path, ray_cluster):
+    """The paper does not say how it scales N; its released code takes 0 to 1, and the absolute error for alpha."""
+    network = NETWORK.override({"training.labels": labels, "training.loss": "mae", "training.num_epochs": 1})
+    run = str(tmp_path / "run")
+
+    train.train("n-cnn", network, run, data=data, recipe="tiny")
+
+    card, held_out = models.read_card(run, "n-cnn"), train.held_out_rows(150, network.training.seed)
+    n = data.read(["num_subhalos"])["num_subhalos"].astype(float)
+    used = n[~held_out]
+    offset, scale = {
+        "raw": (0, 1), "unit": (used.min(), np.ptp(used)), "standardised": (used.mean(), used.std())
+    }[labels]  # fmt: skip
+    assert (card.target_scaling.offset, card.target_scaling.scale) == pytest.approx((offset, scale))
+    assert card.num_subhalos_scaling == card.target_scaling
+    image_BHW = np.concatenate([shards.images(shards.read(uri, ["image"])) for uri, _ in data.parts])[held_out]
+    zeros_B = torch.zeros(len(image_BHW))
+    predicted_B = learning.predict(models.load(run, "n-cnn"), torch.from_numpy(image_BHW), zeros_B)
+    error = np.abs(predicted_B.numpy() - n[held_out]).mean()
+    assert history(run)[0]["validation_loss"] == pytest.approx(error / scale, rel=1e-4)
+    assert card.loss == "mae"
 
 
 def test_the_kept_epoch_is_the_one_with_the_lowest_validation_loss(whole):
@@ -183,8 +207,9 @@ def test_scaling_and_baselines_come_from_training_labels_alone(whole, data):
     held_out = np.zeros(150, bool)
     held_out[np.random.default_rng(0).choice(150, 15, replace=False)] = True
 
-    assert card.target_scaling.mean == pytest.approx(labels[~held_out].mean())
-    assert card.baselines.constant == card.target_scaling.mean != labels.mean()
+    assert card.target_scaling.offset == pytest.approx(labels[~held_out].mean())
+    assert card.baselines["n_constant"].coefficients == [pytest.approx(labels[~held_out].mean(), rel=1e-12)]
+    assert labels[~held_out].mean() != pytest.approx(labels.mean())
 
 
 def test_more_workers_than_the_cluster_holds_are_refused(data, tmp_path, ray_cluster):

@@ -25,7 +25,7 @@ def blocks() -> list[Block]:
 
 
 def card(**training: object) -> models.Card:
-    scaling = models.Scaling(mean=50.0, sd=29.0)
+    scaling = models.Scaling(offset=50.0, scale=29.0)
     return models.Card.model_construct(
         network="n-cnn",
         num_pixels=12,

@@ -19,7 +19,15 @@ from raylens.physics.lenses import sheet_deflection
 from raylens.physics.render import PSF_REACH, Lenses, num_border_pixels, ray_positions
 
 
-def render(lenses: Lenses, *, num_pixels: int, pixel_scale: float, psf_sigma: float, supersampling: int) -> np.ndarray:
+def render(
+    lenses: Lenses,
+    *,
+    num_pixels: int,
+    pixel_scale: float,
+    psf_sigma: float,
+    supersampling: int,
+    source_cut: float | None = None,
+) -> np.ndarray:
     """Return the images of a block: float32, (images, num_pixels, num_pixels); units as in `render.render`."""
     border = num_border_pixels(psf_sigma=psf_sigma, pixel_scale=pixel_scale)
     num_padded = num_pixels + 2 * border
@@ -40,7 +48,7 @@ def render(lenses: Lenses, *, num_pixels: int, pixel_scale: float, psf_sigma: fl
             pixels,
             psf,
             lens_model_class=_LensModel(lenses, i),
-            source_model_class=LightModel(["GAUSSIAN"]),
+            source_model_class=_Source(source_cut),
             kwargs_numerics={"supersampling_factor": supersampling, "supersampling_convolution": supersampling > 1},
         )
         # An amplitude of 2 pi sigma^2 / pixel area is a central brightness of 1 a pixel.
@@ -48,6 +56,18 @@ def render(lenses: Lenses, *, num_pixels: int, pixel_scale: float, psf_sigma: fl
         padded = model.image(_LensModel.parameters(lenses, i), [source])
         image[:] = padded[border : border + num_pixels, border : border + num_pixels]
     return images
+
+
+class _Source(LightModel):
+    """lenstronomy's round Gaussian, dark beyond a radius."""
+
+    def __init__(self, cut: float | None) -> None:
+        super().__init__(["GAUSSIAN"])
+        self._cut = np.inf if cut is None else cut
+
+    def surface_brightness(self, x, y, kwargs_list, k=None):
+        light = super().surface_brightness(x, y, kwargs_list, k=k)
+        return np.where(np.hypot(x, y) <= self._cut, light, 0.0)
 
 
 class _LensModel(LensModel):

@@ -69,11 +69,19 @@ def ray_positions(num_pixels: int, *, pixel_scale: float, supersampling: int, bo
     return (np.arange(num_rays) - (num_rays - 1) / 2) * (pixel_scale / supersampling)
 
 
-def render(lenses: Lenses, *, num_pixels: int, pixel_scale: float, psf_sigma: float, supersampling: int) -> np.ndarray:
+def render(
+    lenses: Lenses,
+    *,
+    num_pixels: int,
+    pixel_scale: float,
+    psf_sigma: float,
+    supersampling: int,
+    source_cut: float | None = None,
+) -> np.ndarray:
     """Return the images of a block: float32, (images, num_pixels, num_pixels).
 
     The unit is the surface brightness at the centre of the source, averaged over the pixel's
-    supersampling^2 rays after the point-spread function.
+    supersampling^2 rays after the point-spread function. Beyond the radius `source_cut` [arcsec] a source is dark.
     """
     border = num_border_pixels(psf_sigma=psf_sigma, pixel_scale=pixel_scale)
     rays = ray_positions(num_pixels, pixel_scale=pixel_scale, supersampling=supersampling, border=border)
@@ -82,6 +90,9 @@ def render(lenses: Lenses, *, num_pixels: int, pixel_scale: float, psf_sigma: fl
     light = np.empty((len(lenses.q), len(rays), len(rays)), np.float32)
     _trace(columns, rays.astype(np.float32), *(_single(field) for field in lenses), light)
     np.exp(light, out=light)
+    if source_cut is not None:
+        dimmest = np.exp(-0.5 * (source_cut / lenses.source_sigma) ** 2).astype(np.float32)
+        light[light < dimmest[:, None, None]] = 0
     psf = gaussian_taps(psf_sigma * supersampling / pixel_scale, border * supersampling)
     return _observe(light, psf, supersampling, num_pixels)
 

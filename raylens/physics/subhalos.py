@@ -2,6 +2,8 @@
 
 Eq. 2.1 prints the exponent -alpha; the paper's values are negative everywhere, so alpha itself is
 the exponent here. Subhaloes are drawn until their mass reaches a set share of the lens mass.
+As "decades" the masses are mass_min and its tenfolds up to mass_max alone, the k-th of them, from 1,
+in proportion to k^alpha: that is how the paper's released code reads the equation.
 """
 
 from __future__ import annotations
@@ -13,8 +15,13 @@ from scipy.optimize import root
 PAPER_MEAN_NUM_SUBHALOS = {-1.7: 200.0, -2.5: 700.0}
 
 
-def mass_quantile(u: np.ndarray, *, alpha: float, mass_min: float, mass_max: float) -> np.ndarray:
-    """Return the mass [Msun] below which a share u, in [0, 1], of the subhaloes lies."""
+def mass_quantile(
+    u: np.ndarray, *, alpha: float, mass_min: float, mass_max: float, mass_function: str = "power-law"
+) -> np.ndarray:
+    """Return the mass [Msun] below which a share u, in [0, 1), of the subhaloes lies."""
+    if mass_function == "decades":
+        masses, shares = _decades(alpha, mass_min, mass_max)
+        return masses[np.searchsorted(np.cumsum(shares[:-1]), u, side="right")]
     if alpha == -1:
         return mass_min * (mass_max / mass_min) ** u
     power = alpha + 1
@@ -22,19 +29,28 @@ def mass_quantile(u: np.ndarray, *, alpha: float, mass_min: float, mass_max: flo
     return mass_min * np.exp(np.log1p(u * np.expm1(power * np.log(mass_max / mass_min))) / power)
 
 
-def mean_power(power: int, *, alpha: float, mass_min: float, mass_max: float) -> float:
+def mean_power(
+    power: int, *, alpha: float, mass_min: float, mass_max: float, mass_function: str = "power-law"
+) -> float:
     """Return the mean of M^power over the mass function [Msun^power]."""
+    if mass_function == "decades":
+        masses, shares = _decades(alpha, mass_min, mass_max)
+        return float(shares @ masses**power)
     return _integral(alpha + power, mass_min, mass_max) / _integral(alpha, mass_min, mass_max)
 
 
-def mean_num_subhalos(*, alpha: float, mass_min: float, mass_max: float, mass_to_reach: float) -> float:
+def mean_num_subhalos(
+    *, alpha: float, mass_min: float, mass_max: float, mass_to_reach: float, mass_function: str = "power-law"
+) -> float:
     """Return the mean number of subhaloes drawn until their mass reaches `mass_to_reach` [Msun].
 
     The draw that crosses the limit counts, and it is heavier than most: by renewal theory the mean
     is B / <M> + <M^2> / (2 <M>^2) where B is the mass to reach and much above <M>.
     """
-    mean = mean_power(1, alpha=alpha, mass_min=mass_min, mass_max=mass_max)
-    mean_square = mean_power(2, alpha=alpha, mass_min=mass_min, mass_max=mass_max)
+    mean, mean_square = (
+        mean_power(power, alpha=alpha, mass_min=mass_min, mass_max=mass_max, mass_function=mass_function)
+        for power in (1, 2)
+    )
     return mass_to_reach / mean + mean_square / (2 * mean**2)
 
 
@@ -71,6 +87,13 @@ def solve_mass_limits(
         raise ValueError(f"no mass limits give the mean numbers {targets} for a mass of {mass_to_reach:g} Msun.")
     low, high = np.exp(solution.x)
     return float(low), float(high)
+
+
+def _decades(alpha: float, mass_min: float, mass_max: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the masses [Msun] of a mass function of decades, and the share of the subhaloes at each."""
+    number = 1 + np.arange(1 + int(np.log10(mass_max / mass_min) + 1e-9))
+    weights = number**alpha
+    return mass_min * 10.0 ** (number - 1), weights / weights.sum()
 
 
 def _integral(power: float, low: float, high: float) -> float:

@@ -62,6 +62,19 @@ def test_both_engines_blur_alike(recipe, supersampling):
     assert_same_light(ours, theirs, of_peak=1e-5)
 
 
+def test_both_engines_cut_the_source_alike():
+    """Beyond the cut a source is dark, and the step at its edge is blurred like any light."""
+    camera = CAMERA | {"psf_sigma": 0.07, "supersampling": 3, "source_cut": 1.42}
+    lenses = lenses_of("coded-varied", range(3))
+
+    ours, theirs = render.render(lenses, **camera), reference.render(lenses, **camera)
+    uncut = render.render(lenses, **camera | {"source_cut": None})
+
+    assert_same_light(ours, theirs, of_peak=1e-5)
+    assert (ours == 0).any(axis=(1, 2)).all()
+    assert uncut.min() > 0
+
+
 @settings(deadline=None, max_examples=200)
 @given(
     row=st.integers(0, 1000),

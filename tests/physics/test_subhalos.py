@@ -95,3 +95,17 @@ def test_mean_power_agrees_with_quadrature(alpha, power, log_min, decades):
     mean = subhalos.mean_power(power, alpha=alpha, mass_min=mass_min, mass_max=mass_max)
 
     assert mean == pytest.approx(mass_min**power * above / below, rel=1e-7)
+
+
+@pytest.mark.parametrize("alpha", [-2.5, -1.5])
+def test_masses_of_decades_come_in_proportion_to_their_number(alpha):
+    """As the paper's released code draws them: 1e8, 1e9, 1e10 and 1e11 Msun, the k-th in proportion to k^alpha."""
+    limits = {"mass_min": 1e8, "mass_max": 1e11, "mass_function": "decades"}
+    share = np.arange(1, 5) ** alpha / (np.arange(1, 5) ** alpha).sum()
+
+    drawn = subhalos.mass_quantile(np.random.default_rng(0).random(100_000), alpha=alpha, **limits)
+
+    masses, counts = np.unique(drawn, return_counts=True)
+    np.testing.assert_allclose(masses, [1e8, 1e9, 1e10, 1e11], rtol=1e-12)
+    assert stats.chisquare(counts, 100_000 * share).pvalue > 0.01
+    assert subhalos.mean_power(2, alpha=alpha, **limits) == pytest.approx((share * masses**2).sum())
