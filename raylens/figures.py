@@ -120,18 +120,16 @@ def populations(illustration: dict[str, Any], simulation: dict[str, Any]) -> Fig
     """Figure 2: the masses of the subhaloes of one lens at each of `slopes`, and where they lie."""
     shown = [population for population in illustration["populations"] if round(population["alpha"], 1) in SLOPES]
     shown.sort(key=lambda population: population["alpha"])
-    mass_min, mass_max = simulation["subhalos"]["mass_min"], simulation["subhalos"]["mass_max"]
+    mass_max = simulation["subhalos"]["mass_max"]
     reach = 1.06 * max(max(map(abs, [*population["x"], *population["y"]]), default=1) for population in shown)
     figure = Figure(figsize=(WIDTH * len(shown) / len(SLOPES), 5.4), layout="constrained")
     panels = figure.subplots(2, len(shown), sharey="row", height_ratios=[1, 1.45], squeeze=False)
     for column, population in enumerate(shown):
         masses, alpha = np.array(population["mass"]), population["alpha"]
         axes = panels[0][column]
-        edges = np.geomspace(mass_min, mass_max, 25)
+        edges, shares = _mass_function(simulation["subhalos"], alpha)
         axes.stairs(np.histogram(masses, edges)[0], edges, fill=True, color=OURS, alpha=0.25)
         axes.stairs(np.histogram(masses, edges)[0], edges, color=OURS, linewidth=1)
-        # The share of dN/dM between two masses, exactly; alpha = -1 is outside what the paper draws.
-        shares = np.diff(edges ** (alpha + 1)) / (mass_max ** (alpha + 1) - mass_min ** (alpha + 1))
         axes.plot(np.sqrt(edges[1:] * edges[:-1]), len(masses) * shares, color="black", linestyle="--", linewidth=1)
         axes.set(xscale="log", yscale="log", ylim=(0.5, None), xlabel=r"subhalo mass [M$_\odot$]")
         total = rf"{masses.sum() / 1e12:.2f} \times 10^{{12}}"
@@ -150,13 +148,26 @@ def populations(illustration: dict[str, Any], simulation: dict[str, Any]) -> Fig
     return figure
 
 
+def _mass_function(subhalos: dict[str, Any], alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return bins of mass, and the share of the subhaloes that each should hold."""
+    low, high = subhalos["mass_min"], subhalos["mass_max"]
+    if subhalos["mass_function"] == "decades":
+        number = 1 + np.arange(1 + int(math.log10(high / low) + 1e-9))
+        return low * 10 ** (np.append(number, number[-1] + 1) - 1.5), number**alpha / (number**alpha).sum()
+    edges = np.geomspace(low, high, 25)
+    # Exactly; alpha = -1 is outside what the paper draws.
+    return edges, np.diff(edges ** (alpha + 1)) / (high ** (alpha + 1) - low ** (alpha + 1))
+
+
 @styled
-def example(illustration: dict[str, Any]) -> Figure:
+def example(illustration: dict[str, Any], simulation: dict[str, Any]) -> Figure:
     """Figure 3: the source, the surface density of the lens, and the image with the subhaloes in it."""
     lens = illustration["example"]
     half = lens["frame"] / 2
     axis = np.linspace(-half, half, 200)
-    source = np.exp(-(axis**2 + axis[:, None] ** 2) / (2 * lens["source_sigma"] ** 2))
+    radius = np.hypot(axis, axis[:, None])
+    source = np.exp(-(radius**2) / (2 * lens["source_sigma"] ** 2))
+    source[radius > (simulation["source"]["cut"] or math.inf)] = 0
     density = np.log10(np.maximum(lens["convergence"], 1e-3))
     figure = Figure(figsize=(WIDTH, 3.05), layout="constrained")
     left, middle, right = figure.subplots(1, 3)

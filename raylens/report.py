@@ -43,7 +43,10 @@ _HEADLINE = (("n_cnn", "gradient", 3), ("n_cnn", "rmse", 1), ("alpha_cnn", "grad
 
 # What a results.json has, and each of its datasets; a full stop goes one level down.
 _NEEDED = ("recipe", "simulation.camera.num_pixels", "digest", "n_cnn.history", "alpha_cnn.history", "versions")
-_NEEDED_OF_A_SET = ("split", "alpha", "n_cnn.rmse", "alpha_cnn.rmse", "baselines", "figures.n_cnn", "truth")
+_NEEDED_OF_A_SET = (
+    *("split", "alpha", "n_cnn.relative_rmse", "alpha_cnn.relative_rmse", "figures.n_cnn", "truth"),
+    *("baselines.n_from_ring", "baselines.alpha_from_ring"),
+)
 
 
 def report(results: list[dict[str, Any]]) -> str:
@@ -352,8 +355,8 @@ def _lens_figures(results: dict[str, Any]) -> Iterator[str]:
         return
     slopes = ", ".join(page.plain(slope, 1) for slope in figures.slopes(illustration))
     caption = (
-        f"Subhaloes of one lens at α = {slopes}. Top: their masses, and (dashed) those expected of as many "
-        "from M<sup>α</sup>. Bottom: where they lie; the area of a dot grows with the subhalo’s Einstein radius"
+        f"Subhaloes of one lens at α = {slopes}. Top: their masses, and (dashed) those expected of as many. "
+        "Bottom: where they lie; the area of a dot grows with the subhalo’s Einstein radius"
     )
     caption += ", and the circle has radius 2 θ<sub>E</sub>." if paper.geometry(simulation) == "fixed" else "."
     alt = "Mass histograms and positions of subhaloes; the steeper the slope, the more and the lighter they are."
@@ -371,7 +374,7 @@ def _lens_figures(results: dict[str, Any]) -> Iterator[str]:
     if simulation["subhalos"]["compensation"] == "none":
         caption += " The subhaloes add to the main lens, so that the ring lies outside θ<sub>E</sub>."
     alt = f"Source, surface density and lensed image with {len(example['x'])} subhaloes."
-    yield page.drawing(figures.example(illustration), "Figure 3", caption, alt)
+    yield page.drawing(figures.example(illustration, simulation), "Figure 3", caption, alt)
 
 
 def _training(results: dict[str, Any]) -> Iterator[str]:

@@ -68,8 +68,9 @@ def test_tables_hold_the_results_the_papers_numbers_and_their_ratio(recipe, key,
                     number = papers["alpha_cnn" if name == "alpha_cnn_true_n" else name][measure]
                     assert theirs[1] == shown(theirs) == number
                     assert ratio[1] == (None if number is None else pytest.approx(ours[1] / number))
+            assert next(cells)[1] == entry[name]["relative_rmse"]
             assert next(cells)[1] == entry[name]["bias"]
-            baselines = ("n_constant",) if name == "n_cnn" else ("alpha_constant", "alpha_from_true_n")
+            baselines = [key for key in entry["baselines"] if key.startswith("n_") == (name == "n_cnn")]
             assert [cell[1] for cell in cells] == [entry["baselines"][key]["rmse"] for key in baselines]
 
 
@@ -109,13 +110,13 @@ def test_page_says_in_what_it_is_not_the_papers_experiment():
 
 def test_page_is_self_contained(drawn):
     """It is mailed, archived and printed; it must look the same in ten years, and tell nobody that it was read."""
-    page = report([example(), example(recipes.paper_varied().simulation)])
+    page = report([example(), example(recipes.coded_varied().simulation)])
     parsed = Page(page)
 
     assert not {"script", "link", "iframe", "object", "embed", "base"} & set(parsed.tags)
     assert not re.search(r"https?:|@import|url\(", page)
     assert all(address.startswith(("#", "data:image/svg+xml;base64,")) for address in parsed.loaded)
-    assert len(parsed.alts) == 2 * 6
+    assert len(parsed.alts) == 2 * 7
     assert all(parsed.alts)
     assert len(page) < 3_000_000
 
@@ -207,6 +208,21 @@ def test_figure_2_shows_the_slopes_that_could_be_drawn(drawn, drawable, told):
     illustration["populations"] = [like | {"alpha": alpha} for alpha in drawable]
 
     assert told in report([example(illustration=illustration)])
+
+
+def test_page_says_where_our_errors_are_larger():
+    """A table of forty ratios hides the three that tell against us."""
+    results = example()
+    for entry in results["datasets"]:
+        entry["n_cnn"]["sigma"] = 1e3 if entry["alpha"] in (None, -2.4) else 0.1
+        entry["n_cnn"]["rmse"] = 0.1
+
+    page = report([results])
+
+    worse = re.search(r"Worse than the paper’s table 1, with the ratio: (.*?)</p>", page)[1]
+    told = re.sub(r"<[^>]*>", "", worse)
+    assert told == f"σ at α = −2.4 ({1e3 / 48.3:.2f}), Varied ({1e3 / 48.8:.2f})."
+    assert "Worse than the paper’s table 1, with the ratio: nothing." in report([example()])
 
 
 def test_several_results_begin_with_an_overview():

@@ -8,27 +8,37 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raylens import paper, report
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from raylens import figures, paper, report
 
 HERE = Path(__file__).parent
-# The experiments of the page; the others are read beside them, in the tables of README.md.
 READINGS = ("paper-fixed", "paper-fixed-coarse", "paper-varied", "coded-fixed", "coded-fixed-coarse", "coded-varied")
 
+Results = dict[str, Any]
 
-def keep(root: str) -> None:
+
+def keep(root: Path) -> None:
     """Copy each experiment's results.json, with places as they are below the root."""
-    for place in sorted(Path(root).glob("*/results.json")):
-        text = place.read_text().replace(f"{Path(root).absolute()}/", "")
+    for place in sorted(root.glob("*/results.json")):
+        text = place.read_text().replace(f"{root.absolute()}/", "")
         (HERE / f"{json.loads(text)['recipe']}.json").write_text(text)
 
 
-def results() -> dict[str, dict[str, Any]]:
+def results() -> dict[str, Results]:
     """Return the results that lie here, by the name of their experiment."""
     return {place.stem: json.loads(place.read_text()) for place in sorted(HERE.glob("*.json"))}
+
+
+def bias() -> Results | None:
+    """Return what the experiment on the N-CNN's bias found."""
+    place = HERE / "bias" / "bias.json"
+    return json.loads(place.read_text()) if place.exists() else None
 
 
 def page() -> str:
@@ -37,29 +47,129 @@ def page() -> str:
     return report.report([found[name] for name in READINGS if name in found])
 
 
-def varied(one: dict[str, Any]) -> dict[str, Any]:
+def tables() -> dict[str, str]:
+    """Return the tables of README.md, by what they are on."""
+    found = results()
+    readings = {name: found[name] for name in READINGS if name in found}
+    tenths = {name: one for name, one in found.items() if name.startswith("tenth-")}
+    raw = {name: one for name, one in found.items() if name.startswith("raw-")}
+    scalings = {name: found[name] for one in raw for name in (one.replace("raw", "paper"), one)}
+    drawn = {
+        "readings": [*_table(readings, _of_n(paper_too=True)), "", *_table(readings, _of_alpha(paper_too=True))],
+        "sensitivity": _table(tenths, _of_n() + _of_alpha()),
+        "scalings": _table(scalings, _of_scalings()),
+        "modes": _modes(),
+    }
+    return {name: "\n".join(lines) for name, lines in drawn.items()}
+
+
+# A heading, and what stands under it for an experiment.
+Column = tuple[str, Callable[[Results], str]]
+
+
+def _of_n(*, paper_too: bool = False) -> list[Column]:
+    return [
+        ("N: RMSE", lambda one: f"{_varied(one)['n_cnn']['rmse']:.1f}"),
+        *([("paper", lambda one: _paper(one, "n_cnn"))] if paper_too else []),
+        ("RMSE / sd", lambda one: f"{_varied(one)['n_cnn']['relative_rmse']:.3f}"),
+        ("gradient", lambda one: f"{_varied(one)['n_cnn']['gradient']:.3f}"),
+        ("ring alone", lambda one: f"{_varied(one)['baselines']['n_from_ring']['rmse']:.1f}"),
+    ]
+
+
+def _of_alpha(*, paper_too: bool = False) -> list[Column]:
+    def alone(baseline: str) -> Callable[[Results], str]:
+        return lambda one: f"{_varied(one)['baselines'][baseline]['rmse']:.3f}"
+
+    return [
+        ("alpha: RMSE", lambda one: f"{_varied(one)['alpha_cnn']['rmse']:.3f}"),
+        *([("paper", lambda one: _paper(one, "alpha_cnn"))] if paper_too else []),
+        ("gradient", lambda one: f"{_varied(one)['alpha_cnn']['gradient']:.3f}"),
+        ("given true N: RMSE", lambda one: f"{_varied(one)['alpha_cnn_true_n']['rmse']:.3f}"),
+        *([("paper", lambda one: _paper(one, "alpha_cnn_true_n"))] if paper_too else []),
+        ("gradient", lambda one: f"{_varied(one)['alpha_cnn_true_n']['gradient']:.3f}"),
+        ("true N alone", alone("alpha_from_true_n")),
+        ("true N + mass alone", alone("alpha_from_true_n_and_mass")),
+        ("ring alone", alone("alpha_from_ring")),
+    ]
+
+
+def _of_scalings() -> list[Column]:
+    return [
+        ("N: RMSE", lambda one: f"{_varied(one)['n_cnn']['rmse']:.1f}"),
+        ("bias", lambda one: f"{_varied(one)['n_cnn']['bias']:+.1f}"),
+        ("gradient", lambda one: f"{_varied(one)['n_cnn']['gradient']:.3f}"),
+        ("epoch kept", lambda one: f"{one['n_cnn']['epoch']} of {len(one['n_cnn']['history'])}"),
+        ("alpha: RMSE", lambda one: f"{_varied(one)['alpha_cnn']['rmse']:.3f}"),
+        ("bias", lambda one: f"{_varied(one)['alpha_cnn']['bias']:+.3f}"),
+        ("gradient", lambda one: f"{_varied(one)['alpha_cnn']['gradient']:.3f}"),
+    ]
+
+
+def _varied(one: Results) -> Results:
     """Return what was measured where alpha varies."""
     return next(entry for entry in one["datasets"] if entry["alpha"] is None)
 
 
-def overview(names: list[str]) -> Iterator[str]:
-    """Yield a table of RMSEs where alpha varies: the networks', the paper's, and what needs no image."""
-    yield "| experiment | N | paper | ring alone | alpha | paper | given true N | true N, mass alone | ring alone |"
-    yield "|---" * 9 + "|"
-    for name in names:
-        one = results()[name]
-        entry, tables = varied(one), paper.tables(one["simulation"])
-        theirs = {network: table.measures[None]["rmse"] for network, table in tables.items()}
-        alone = {baseline: entry["baselines"][baseline]["rmse"] for baseline in entry["baselines"]}
-        yield (
-            f"| {name} | {entry['n_cnn']['rmse']:.1f} | {theirs['n_cnn']} | {alone['n_from_ring']:.1f} "
-            f"| {entry['alpha_cnn']['rmse']:.3f} | {theirs['alpha_cnn']} | {entry['alpha_cnn_true_n']['rmse']:.3f} "
-            f"| {alone['alpha_from_true_n_and_mass']:.3f} | {alone['alpha_from_ring']:.3f} |"
-        )
+def _paper(one: Results, network: str) -> str:
+    table = paper.tables(one["simulation"]).get(network)
+    return str(table.measures[None]["rmse"]) if table else "-"
+
+
+def _table(experiments: dict[str, Results], columns: list[Column]) -> list[str]:
+    """Return the lines of a table with a row for each experiment."""
+    rows = [[name, *(value(one) for _, value in columns)] for name, one in experiments.items()]
+    return _lines([["experiment", *(title for title, _ in columns)], *rows])
+
+
+def _modes() -> list[str]:
+    """Return the lines of a table of the bias of N in each mode, after the last epoch of each scaling."""
+    found = bias()
+    if found is None:
+        return []
+    rows = [
+        [name, f"{epochs[-1]['training_rmse']:.1f}", *(f"{epochs[-1][mode]['bias']:+.1f}" for mode in found["modes"])]
+        for name, epochs in found["variants"].items()
+    ]
+    return _lines([["labels", "training error", *found["modes"]], *rows])
+
+
+def _lines(rows: list[list[str]]) -> list[str]:
+    head, *below = (f"| {' | '.join(row)} |" for row in rows)
+    return [head, "|---" * len(rows[0]) + "|", *below]
+
+
+def drawings() -> dict[str, bytes]:
+    """Return the figures of README.md as SVG, by the name of their file."""
+    found = bias()
+    return {"bias/bias.svg": figures.svg(_bias_by_epoch(found))} if found else {}
+
+
+@figures.styled
+def _bias_by_epoch(found: Results) -> Figure:
+    """The bias of N in each mode, epoch by epoch, for each scaling of N."""
+    figure = Figure(figsize=(figures.WIDTH, 2.6), layout="constrained")
+    panels = figure.subplots(1, len(found["variants"]), sharey=True)
+    lines = [(figures.PAPER, "--"), (figures.GREY, ":"), ("#009E73", "-."), (figures.OURS, "-")]
+    shown = dict(zip(found["modes"], lines, strict=True))
+    for axes, (name, epochs) in zip(panels, found["variants"].items(), strict=True):
+        numbers = [record["epoch"] for record in epochs]
+        for mode, (colour, line) in shown.items():
+            biases = [record[mode]["bias"] for record in epochs]
+            axes.plot(numbers, biases, color=colour, linestyle=line, marker="o", markersize=3, label=mode)
+        axes.axhline(0, color="black", linewidth=0.6)
+        axes.set(title=name, xlabel="epoch")
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    panels[0].set_ylabel("bias of $N$")
+    panels[-1].legend()
+    return figure
 
 
 if __name__ == "__main__":
     for root in sys.argv[1:]:
-        keep(root)
+        keep(Path(root))
     (HERE / "index.html").write_text(page())
-    print(*overview(list(results())), sep="\n")
+    for name, content in drawings().items():
+        (HERE / name).write_bytes(content)
+    for name, text in tables().items():
+        print(f"{name}\n\n{text}\n")

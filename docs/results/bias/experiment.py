@@ -2,9 +2,9 @@
 
     python docs/results/bias/experiment.py
 
-It is trained with several scalings of N; after each epoch the validation images are predicted in four modes: dropout on or off, and batch normalisation by
-the statistics of the batch or by its running ones. Training is the first of them, evaluation the last. Writes
-bias.json beside this file; `draw.py` draws it.
+It is trained with several scalings of N. After each epoch the validation images are predicted in four modes: dropout
+on or off, and batch normalisation by the statistics of the batch or by its running ones. Training is the first of
+them, evaluation the last. Writes bias.json beside this file.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ if __name__ == "__main__":
         "batch_size": BATCH_SIZE,
         "num_threads": NUM_THREADS,
         "torch": torch.__version__,
+        "modes": list(MODES),
         "seconds": time.perf_counter() - started,
         "variants": found,
     }
