@@ -8,5 +8,5 @@ import sys
 from raylens.cli import run
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "reproduce")
+    sys.argv[1:1] = ["reproduce"]
     run()
