@@ -181,8 +181,8 @@ def train(step: learning.Step, batches: Iterator[Batch]) -> int:
             num_images += len(batch.rows.target_B)
             yield batch
 
-    for squared_error in learning.train_epoch(step, counted()):
-        total = squared_error.double() if total is None else total.add_(squared_error)
+    for step_loss in learning.train_epoch(step, counted()):
+        total = step_loss.double() if total is None else total.add_(step_loss)
     loss = float(total) / num_images
     assert math.isfinite(loss), f"the loss is {loss}: what follows would be the rate of nothing"
     return num_images

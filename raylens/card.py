@@ -130,12 +130,23 @@ def _contents(plan: Plan) -> str:
     """Return what an image shows, in sentences."""
     camera, population, held = plan.simulation.camera, plan.simulation.subhalos, SPLITS[plan.split]
     side, low, high = camera.num_pixels, population.mass_min, population.mass_max
+    source = plan.simulation.source
+    galaxy = "a round Gaussian galaxy" + (f", cut at {source.cut:g} arcsec" if source.cut else "")
+    masses = f"follow dN/dM proportional to M^alpha from {low:.3g} to {high:.3g} Msun"
+    if population.mass_function == "decades":
+        masses = f"are {low:.3g} Msun and its tenfolds up to {high:.3g} Msun, the k-th in proportion to k^alpha"
+    share = f"make up {population.mass_fraction:g} of the mass of the lens"
+    if population.mass_total is not None:
+        share = f"reach {population.mass_total:.3g} Msun"
     sentences = [
-        f"An image shows {side} x {side} pixels of {camera.pixel_scale:g} arcsec: a round Gaussian galaxy, lensed by a "
+        f"An image shows {side} x {side} pixels of {camera.pixel_scale:g} arcsec: {galaxy}, lensed by a "
         "singular isothermal ellipsoid and N subhaloes, which are singular isothermal spheres.",
-        f"Their masses follow dN/dM proportional to M^alpha from {low:.3g} to {high:.3g} Msun; "
-        f"they are drawn until they make up {population.mass_fraction:g} of the mass of the lens.",
+        f"Their masses {masses}; they are drawn until they {share}. "
+        f"Distances are those of {plan.simulation.cosmology}.",
     ]
+    if population.h != 1 or population.z_lens is not None:
+        place = "the lens" if population.z_lens is None else f"a lens of redshift {population.z_lens:g}"
+        sentences.append(f"Their Einstein radii are those of {population.h:g} of their masses in {place}.")
     if held is not None:
         sentences.append(f"In this split alpha is held at {held}.")
     if population.compensation == "sheet":
@@ -148,6 +159,8 @@ def _contents(plan: Plan) -> str:
         signal = "summed over the frame" if camera.noise_reference == "frame" else "of the brightest pixel"
         sentences.append(f"Gaussian noise leaves a signal-to-noise ratio of {camera.signal_to_noise:g} {signal}.")
     scaled = "is scaled to run from 0 to 1" if camera.normalise else "is in units of the source's central brightness"
+    if camera.bits is not None:
+        scaled += f", in {2**camera.bits:,} steps"
     return "\n".join([*sentences, f"Each image {scaled}."])
 
 

@@ -21,6 +21,9 @@ from scipy.special import ndtr, ndtri
 # Raised whenever the code makes other rows from the same Simulation: other draws, other pixels, other columns.
 SIMULATOR_VERSION = 2
 
+# Settings that came after this version, without a change to the rows of those who do not use them.
+_LATER = [("subhalos", "mass_total", None)]
+
 # The splits of a dataset, and the slope at which each is held (None: as the Simulation says).
 SPLITS: dict[str, float | None] = {
     "train": None,
@@ -175,16 +178,20 @@ class Source(Settings):
         return self
 
 
+MassFunction = Literal["power-law", "decades"]
+
+
 class Subhalos(Settings):
     """The subhaloes: singular isothermal spheres with dN/dM proportional to M^alpha (eq. 2.1)."""
 
     alpha: Distribution = Uniform(uniform=(-2.5, -1.5))  # slope of the mass function
     # decades: no masses but mass_min and its tenfolds up to mass_max, the k-th (from 1) in proportion to k^alpha.
-    mass_function: Literal["power-law", "decades"] = "power-law"
+    mass_function: MassFunction = "power-law"
     # The limits reproduce the paper's two stated means of N: physics.subhalos.solve_mass_limits.
     mass_min: float = Field(7.40e8, gt=0)  # [Msun]
     mass_max: float = Field(1.70e11, gt=0)  # [Msun]
     mass_fraction: float = Field(0.1, gt=0, le=1)  # drawn until their mass reaches this share of the lens mass
+    mass_total: Annotated[float, Field(gt=0)] | None = None  # or until it reaches this, whatever the lens [Msun]
     h: float = Field(1.0, gt=0)  # factor of their mass in eq. 2.3, which the paper drops
     z_lens: Annotated[float, Field(gt=0)] | None = None  # of their Einstein radii in eq. 2.2; null: the lens's
     compensation: Literal["none", "sheet"] = "none"  # sheet: negative uniform convergence that takes their mass away
@@ -260,7 +267,15 @@ class Simulation(Settings):
     @property
     def digest(self) -> str:
         """Eight characters that name all that is made from this Simulation by this version of the simulator."""
-        return digest({"simulator_version": SIMULATOR_VERSION, "simulation": self.as_dict()})
+        return digest({"simulator_version": SIMULATOR_VERSION, "simulation": self.identity()})
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings by which its datasets are known: a later one is left out while it changes nothing."""
+        values = self.as_dict()
+        for group, name, default in _LATER:
+            if values[group][name] == default:
+                del values[group][name]
+        return values
 
 
 class Model(Settings):

@@ -132,7 +132,8 @@ def indices(text: str, num_images: int) -> range:
 
 def _require_room(data: Dataset, rows: range) -> None:
     """Refuse a range whose file would be larger than MAX_BYTES, and say how much of it fits."""
-    num_bytes = np.full(len(rows), 4 * data.num_pixels**2 + 2 * _BLOCK)  # a header, and pixels filled to a block
+    header = next(_image_hdus(data, rows[:1]))  # those of the others are as long
+    num_bytes = np.full(len(rows), len(header) + 4 * data.num_pixels**2 + _BLOCK)  # pixels are filled to a block
     num_bytes[0] += 5 * _BLOCK  # the primary header and the tables, but for the subhaloes
     if data.plan.simulation.output.catalogue:
         counts = [table["num_subhalos"].to_numpy() for table in _read(data, rows, ["num_subhalos"])]

@@ -203,16 +203,16 @@ def _in_short(results: dict[str, Any], tables: dict[str, paper.Table]) -> str:
         ours, network = entry[name]["rmse"], _NETWORKS[name]
         others = {"the paper’s": _of_paper(tables.get(name), results, entry, "rmse")}
         others |= {title: entry["baselines"][key]["rmse"] for key, title in network.baselines.items()}
-        ratios = ", ".join(f"{ours / value:.2f} × {other}" for other, value in others.items() if value)
+        ratios = ", ".join(f"{page.number(ours / value, 2)} × {other}" for other, value in others.items() if value)
         short.append(f"Our RMSE of {network.symbol} is {ratios}.")
         variance = entry["baselines"][constant]["rmse"] ** 2 - entry["baselines"][constant]["bias"] ** 2
         if entry[name]["gradient"] is not None and variance > 0:
-            best.append(f"{page.plain(1 - ours**2 / variance, 3)} for {network.symbol}")
+            best.append(f"{page.number(1 - ours**2 / variance, 3)} for {network.symbol}")
     return (
         f"<p>{' '.join(short)}</p>"
         '<ul class="quiet"><li>No image is seen by the <b>constant</b>, the mean of the training labels, and by what '
         "is fitted to training labels given the truth: the <b>true N</b>; the true N and the <b>mass</b> of the lens; "
-        "and the <b>ring</b>: θ<sub>E</sub> of lens and subhaloes, summed, as its size tells them.</li>"
+        "and the <b>ring</b>: the θ<sub>E</sub> of the lens and the sum of the subhaloes’, as two numbers.</li>"
         "<li>The best possible prediction has gradient 1 − RMSE² / variance, so a gradient of 1 is not the goal; "
         f"with our RMSE it would be {' and '.join(best)}. Rank by RMSE, and look at the bias.</li></ul>"
     )
@@ -297,7 +297,9 @@ def _worse(results: dict[str, Any], name: str, table: paper.Table | None) -> str
                 rows.append(f"{_row_title(entry)} ({page.number(ours / theirs, 2)})")
         if rows:
             told.append(f"{_MEASURES[measure]} at α = {', '.join(rows)}".replace("α = Varied", "α varied"))
-    return f"<p>Worse than the paper’s {table.title.lower()}, with the ratio: {'; '.join(told) or 'nothing'}.</p>"
+    return (
+        f"<p>Errors larger than in the paper’s {table.title.lower()}, with the ratio: {'; '.join(told) or 'none'}.</p>"
+    )
 
 
 def _as_in_the_paper(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

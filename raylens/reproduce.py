@@ -87,7 +87,11 @@ def reproduce(
             tests, n_cnn=runs["n-cnn"], alpha_cnn=runs["alpha-cnn"], true_n=True, progress=begin(experiment, "evaluate")
         )
         stages.add("evaluate", results["cost"])
-    results |= {"experiment": experiment.as_dict(), "stages": stages.records, "machine": asdict(cluster.connect())}
+    results |= {
+        "experiment": experiment.as_dict(),
+        "stages": stages.records,
+        "machine": {**asdict(cluster.connect()), "processor": ", ".join(_processors(datasets["train"]))},
+    }
     storage.write(place, json.dumps(results) + "\n")
     page = storage.join(root, "report.html")
     storage.write(page, report.report([results]))
@@ -104,6 +108,13 @@ def reproduce(
         **stages.spent,
         "images_per_second": num_made / seconds,  # simulated, in all this time
     }
+
+
+def _processors(data: Dataset) -> list[str]:
+    """Return the kinds of processors that simulated a dataset."""
+    manifest = dataset.read_manifest(data.uri)
+    assert manifest is not None  # it was opened
+    return manifest.processors
 
 
 def _require_drawable(experiment: Experiment) -> None:

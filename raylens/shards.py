@@ -136,7 +136,7 @@ def made_from(simulation: Simulation, split: str) -> dict[str, Any]:
     return {
         "simulator_version": SIMULATOR_VERSION,
         "split": split,
-        "simulation": simulation.as_dict(),
+        "simulation": simulation.identity(),
         "columns": {
             field.name: [str(field.type), *(text.decode() for text in field.metadata.values())]
             for field in schema(simulation)
@@ -271,7 +271,9 @@ def read(uri: str, columns: list[str]) -> pa.Table:
         raise OSError(f"{uri} cannot be read: {reason}. `raylens verify {folder}` checks every shard.") from error
     missing = [name for name in columns if name not in table.column_names]
     if missing:
-        raise ValueError(f"{uri} has no column {missing[0]}, so another schema wrote it.")
+        raise ValueError(
+            f"{uri} has no column {missing[0]}, so another version of raylens wrote it; simulate the dataset anew."
+        )
     return table
 
 

@@ -116,7 +116,7 @@ def typical_num_subhalos(simulation: Simulation, split: str) -> float:
         mass_min=population.mass_min,
         mass_max=population.mass_max,
         mass_function=population.mass_function,
-        mass_to_reach=population.mass_fraction * lens_mass,
+        mass_to_reach=_mass_to_reach(population, lens_mass),
     )
 
 
@@ -148,7 +148,7 @@ def draw_block(simulation: Simulation, indices: np.ndarray | range | list[int], 
     sigma_v = lenses.velocity_dispersion(theta_E, ratio)
     lens_mass = lenses.mass(sigma_v)
     catalogues = [
-        _draw_subhalos(sky, slope, population, population.mass_fraction * mass)
+        _draw_subhalos(sky, slope, population, _mass_to_reach(population, mass))
         for sky, slope, mass in zip(skies, alpha, lens_mass, strict=True)
     ]
     num_subhalos = np.array([len(masses) for masses, _ in catalogues], dtype=np.int64)
@@ -263,6 +263,10 @@ def _generator(key: np.ndarray, stream: int, index: int) -> np.random.Generator:
     """Return the generator of one stream of a row: Philox, Salmon et al. 2011."""
     # The counter's high words name the stream and the row; 2^128 numbers lie between two of them.
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, stream, int(index)]))
+
+
+def _mass_to_reach(population: Subhalos, lens_mass: float) -> float:
+    return population.mass_fraction * lens_mass if population.mass_total is None else population.mass_total
 
 
 def _draw_subhalos(

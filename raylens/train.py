@@ -153,7 +153,12 @@ def _require_same_run(run: str, card: models.Card) -> None:
     begun = storage.read_if_there(place)
     if begun is None:
         return
-    here, there = card.as_dict(), models.Card.parse(json.loads(begun)).as_dict()
+    try:
+        here, there = card.as_dict(), models.Card.parse(json.loads(begun)).as_dict()
+    except ValueError as error:
+        raise ValueError(
+            f"{place} is not as this version writes it ({error}); train anew, into another --to."
+        ) from None
     for values in (here, there):
         # A run may be made longer, but a schedule knows its length.
         values["training"].pop("patience")

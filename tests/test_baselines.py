@@ -22,6 +22,7 @@ KNOWN = {
     ("paper-varied", "n_from_ring"): 35,
     ("paper-varied", "alpha_from_true_n"): 0.199,
     ("paper-varied", "alpha_from_true_n_and_mass"): 0.080,
+    ("paper-varied", "alpha_from_ring"): 0.12,
 }
 
 

@@ -212,6 +212,18 @@ def test_the_card_says_what_an_image_shows(tiny, make_dataset, tmp_path):
     })  # fmt: skip
     other = text_of(Path(make_dataset(tmp_path, bare, num_images=1, split="test-alpha-1.8", with_card=True)))
 
+    coded = tiny.override({
+        "cosmology": "WMAP9", "source.cut": 1.42, "camera.bits": 8, "subhalos.mass_function": "decades",
+        "subhalos.mass_min": 1e9, "subhalos.mass_max": 1e11, "subhalos.mass_total": 1.44e12, "subhalos.h": 0.8,
+        "subhalos.z_lens": 1.0,
+    })  # fmt: skip
+    told = text_of(Path(make_dataset(tmp_path, coded, num_images=1, with_card=True)))
+
+    assert "cut at 1.42 arcsec" in told
+    assert "masses are 1e+09 Msun and its tenfolds up to 1e+11 Msun" in told
+    assert "until they reach 1.44e+12 Msun. Distances are those of WMAP9." in told
+    assert "Einstein radii are those of 0.8 of their masses in a lens of redshift 1." in told
+    assert "from 0 to 1, in 256 steps." in told
     assert "Gaussian of sigma 0.07 arcsec." in paper
     assert "signal-to-noise ratio of 300 summed over the frame." in paper
     assert "scaled to run from 0 to 1" in paper

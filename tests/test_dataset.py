@@ -47,8 +47,8 @@ def sound(uri: str, shard: int, with_manifest: bool) -> bool:
 UNITS = {
     "index": "1", "image": "1", "num_subhalos": "1", "alpha": "1", "theta_E": "arcsec", "q": "1", "phi": "rad",
     "x": "arcsec", "y": "arcsec", "z_lens": "1", "z_source": "1", "sigma_v": "km/s", "lens_mass": "Msun",
-    "subhalo_mass": "Msun", "subhalos_x": "arcsec", "subhalos_y": "arcsec", "subhalos_mass": "Msun",
-    "subhalos_theta_E": "arcsec",
+    "subhalo_mass": "Msun", "subhalo_theta_E": "arcsec", "subhalos_x": "arcsec", "subhalos_y": "arcsec",
+    "subhalos_mass": "Msun", "subhalos_theta_E": "arcsec",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_cli import make_run
 
-from raylens import evaluate, learning, models, shards
+from raylens import baselines, evaluate, learning, models, shards, storage
 from raylens.dataset import Dataset
 from raylens.metrics import Sums
 from raylens.report import report
@@ -85,6 +85,24 @@ def test_the_example_of_the_report_s_tests_holds_what_an_evaluation_writes(data,
 
     results["illustration"] = EXAMPLE["illustration"]  # a dataset may hold none
     assert structure(json.loads(json.dumps(results))) == structure(EXAMPLE)
+
+
+def test_baselines_are_measured_on_the_truth_of_the_test_set(data, runs, ray_cluster):
+    """Against another column, or other rows, any number would look as good."""
+    card = models.read_card(runs["alpha_cnn"], "alpha-cnn")
+    labels = data.read(["alpha", "num_subhalos", "subhalo_theta_E", "theta_E"])
+    fitted = {
+        "alpha_from_true_n": baselines.fit(labels["alpha"], {"num_subhalos": labels["num_subhalos"]}),
+        "alpha_from_ring": baselines.fit(labels["alpha"], {"subhalo_theta_E": labels["subhalo_theta_E"]}),
+    }
+    weights = storage.read(f"{runs['alpha_cnn']}/model.safetensors")
+    models.save(runs["alpha_cnn"], weights, card.model_copy(update={"baselines": card.baselines | fitted}))
+
+    measured = evaluate.evaluate([data], **runs)["datasets"][0]["baselines"]
+
+    for name, baseline in fitted.items():
+        errors = baseline.predict(labels, 20) - labels["alpha"]
+        assert measured[name]["rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)), rel=1e-6)
 
 
 def test_an_evaluation_says_what_it_cost(data, runs, ray_cluster):

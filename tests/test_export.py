@@ -105,7 +105,7 @@ def test_each_truth_with_a_unit_names_it_in_its_comment(hdus):
 
     assert named == {
         "THETA_E": "arcsec", "PHI": "rad", "X_LENS": "arcsec", "Y_LENS": "arcsec", "SIGMA_V": "km/s",
-        "LENSMASS": "solMass", "SUBMASS": "solMass",
+        "LENSMASS": "solMass", "SUBMASS": "solMass", "SUBTHETA": "arcsec",
     }  # fmt: skip
 
 

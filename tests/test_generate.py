@@ -98,6 +98,7 @@ def test_subhaloes_are_as_many_and_as_heavy_as_the_row_says(made):
     for row in rows:
         assert {len(row[name]) for name in shards.CATALOGUE} == {row["num_subhalos"]}
         assert sum(row["subhalos_mass"]) == pytest.approx(row["subhalo_mass"], rel=1e-12)
+        assert sum(row["subhalos_theta_E"]) == pytest.approx(row["subhalo_theta_E"], rel=1e-12)
 
 
 def test_a_shard_of_many_blocks_is_cut_nowhere(tiny, tmp_path, ray_cluster):

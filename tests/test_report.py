@@ -197,7 +197,7 @@ def test_where_alpha_is_held_there_is_no_best_gradient_of_it():
 
     page = report([example(datasets=held)])
 
-    assert re.search(r"with our RMSE it would be [−.\d]+ for N\.", page)
+    assert re.search(r"with our RMSE it would be <data[^>]+>[−.\d]+</data> for N\.", page)
 
 
 @pytest.mark.parametrize(("drawable", "told"), [([-1.6, -1.8], "at α = −1.6. Top"), ([-1.8], "so it is not drawn")])
@@ -219,10 +219,10 @@ def test_page_says_where_our_errors_are_larger():
 
     page = report([results])
 
-    worse = re.search(r"Worse than the paper’s table 1, with the ratio: (.*?)</p>", page)[1]
+    worse = re.search(r"Errors larger than in the paper’s table 1, with the ratio: (.*?)</p>", page)[1]
     told = re.sub(r"<[^>]*>", "", worse)
     assert told == f"σ at α = −2.4 ({1e3 / 48.3:.2f}), Varied ({1e3 / 48.8:.2f})."
-    assert "Worse than the paper’s table 1, with the ratio: nothing." in report([example()])
+    assert "Errors larger than in the paper’s table 1, with the ratio: none." in report([example()])
 
 
 def test_several_results_begin_with_an_overview():

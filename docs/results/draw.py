@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from raylens import figures, paper, report
+from raylens import figures, paper, report, storage
 
 HERE = Path(__file__).parent
 READINGS = ("paper-fixed", "paper-fixed-coarse", "paper-varied", "coded-fixed", "coded-fixed-coarse", "coded-varied")
@@ -23,10 +23,15 @@ READINGS = ("paper-fixed", "paper-fixed-coarse", "paper-varied", "coded-fixed", 
 Results = dict[str, Any]
 
 
-def keep(root: Path) -> None:
+def keep(root: str) -> None:
     """Copy each experiment's results.json, with places as they are below the root."""
-    for place in sorted(root.glob("*/results.json")):
-        text = place.read_text().replace(f"{root.absolute()}/", "")
+    root = storage.absolute(root)
+    places = [storage.join(root, name, "results.json") for name in sorted(storage.names(root))]
+    texts = [storage.read(place).decode() for place in places if storage.exists(place)]
+    if not texts:
+        raise ValueError(f"{root} holds no experiment's folder with a results.json.")
+    for text in texts:
+        text = text.replace(f"{root}/", "")
         (HERE / f"{json.loads(text)['recipe']}.json").write_text(text)
 
 
@@ -59,6 +64,7 @@ def tables() -> dict[str, str]:
         "sensitivity": _table(tenths, _of_n() + _of_alpha()),
         "scalings": _table(scalings, _of_scalings()),
         "modes": _modes(),
+        "cost": _table(found, _of_cost()),
     }
     return {name: "\n".join(lines) for name, lines in drawn.items()}
 
@@ -69,44 +75,64 @@ Column = tuple[str, Callable[[Results], str]]
 
 def _of_n(*, paper_too: bool = False) -> list[Column]:
     return [
-        ("N: RMSE", lambda one: f"{_varied(one)['n_cnn']['rmse']:.1f}"),
+        ("N: RMSE", lambda one: f"{varied(one)['n_cnn']['rmse']:.1f}"),
         *([("paper", lambda one: _paper(one, "n_cnn"))] if paper_too else []),
-        ("RMSE / sd", lambda one: f"{_varied(one)['n_cnn']['relative_rmse']:.3f}"),
-        ("gradient", lambda one: f"{_varied(one)['n_cnn']['gradient']:.3f}"),
-        ("ring alone", lambda one: f"{_varied(one)['baselines']['n_from_ring']['rmse']:.1f}"),
+        ("RMSE / sd", lambda one: f"{varied(one)['n_cnn']['relative_rmse']:.3f}"),
+        ("gradient", lambda one: f"{varied(one)['n_cnn']['gradient']:.3f}"),
+        ("constant", lambda one: f"{varied(one)['baselines']['n_constant']['rmse']:.0f}"),
+        ("ring", lambda one: f"{varied(one)['baselines']['n_from_ring']['rmse']:.1f}"),
     ]
 
 
 def _of_alpha(*, paper_too: bool = False) -> list[Column]:
     def alone(baseline: str) -> Callable[[Results], str]:
-        return lambda one: f"{_varied(one)['baselines'][baseline]['rmse']:.3f}"
+        return lambda one: f"{varied(one)['baselines'][baseline]['rmse']:.3f}"
 
     return [
-        ("alpha: RMSE", lambda one: f"{_varied(one)['alpha_cnn']['rmse']:.3f}"),
+        ("alpha: RMSE", lambda one: f"{varied(one)['alpha_cnn']['rmse']:.3f}"),
         *([("paper", lambda one: _paper(one, "alpha_cnn"))] if paper_too else []),
-        ("gradient", lambda one: f"{_varied(one)['alpha_cnn']['gradient']:.3f}"),
-        ("given true N: RMSE", lambda one: f"{_varied(one)['alpha_cnn_true_n']['rmse']:.3f}"),
+        ("RMSE / sd", lambda one: f"{varied(one)['alpha_cnn']['relative_rmse']:.3f}"),
+        ("gradient", lambda one: f"{varied(one)['alpha_cnn']['gradient']:.3f}"),
+        ("given true N: RMSE", lambda one: f"{varied(one)['alpha_cnn_true_n']['rmse']:.3f}"),
         *([("paper", lambda one: _paper(one, "alpha_cnn_true_n"))] if paper_too else []),
-        ("gradient", lambda one: f"{_varied(one)['alpha_cnn_true_n']['gradient']:.3f}"),
-        ("true N alone", alone("alpha_from_true_n")),
-        ("true N + mass alone", alone("alpha_from_true_n_and_mass")),
-        ("ring alone", alone("alpha_from_ring")),
+        ("gradient", lambda one: f"{varied(one)['alpha_cnn_true_n']['gradient']:.3f}"),
+        ("constant", alone("alpha_constant")),
+        ("true N", alone("alpha_from_true_n")),
+        ("true N + mass", alone("alpha_from_true_n_and_mass")),
+        ("ring", alone("alpha_from_ring")),
     ]
 
 
 def _of_scalings() -> list[Column]:
     return [
-        ("N: RMSE", lambda one: f"{_varied(one)['n_cnn']['rmse']:.1f}"),
-        ("bias", lambda one: f"{_varied(one)['n_cnn']['bias']:+.1f}"),
-        ("gradient", lambda one: f"{_varied(one)['n_cnn']['gradient']:.3f}"),
+        ("N: RMSE", lambda one: f"{varied(one)['n_cnn']['rmse']:.1f}"),
+        ("bias", lambda one: f"{varied(one)['n_cnn']['bias']:+.1f}"),
+        ("gradient", lambda one: f"{varied(one)['n_cnn']['gradient']:.3f}"),
+        ("constant", lambda one: f"{varied(one)['baselines']['n_constant']['rmse']:.0f}"),
         ("epoch kept", lambda one: f"{one['n_cnn']['epoch']} of {len(one['n_cnn']['history'])}"),
-        ("alpha: RMSE", lambda one: f"{_varied(one)['alpha_cnn']['rmse']:.3f}"),
-        ("bias", lambda one: f"{_varied(one)['alpha_cnn']['bias']:+.3f}"),
-        ("gradient", lambda one: f"{_varied(one)['alpha_cnn']['gradient']:.3f}"),
+        ("alpha: RMSE", lambda one: f"{varied(one)['alpha_cnn']['rmse']:.3f}"),
+        ("bias", lambda one: f"{varied(one)['alpha_cnn']['bias']:+.3f}"),
+        ("gradient", lambda one: f"{varied(one)['alpha_cnn']['gradient']:.3f}"),
+        ("constant", lambda one: f"{varied(one)['baselines']['alpha_constant']['rmse']:.3f}"),
     ]
 
 
-def _varied(one: Results) -> Results:
+def _of_cost() -> list[Column]:
+    def hours(one: Results, key: str, stages: str) -> float:
+        return sum(stage[key] for stage in one["stages"] if stage["stage"].startswith(stages)) / 3600
+
+    return [
+        ("training images", lambda one: f"{one['n_cnn']['num_training_images']:,}"),
+        ("epochs", lambda one: f"{one['n_cnn']['training']['num_epochs']}"),
+        ("N-CNN, images/s", lambda one: f"{one['n_cnn']['metrics']['images_per_second']:,.0f}"),
+        ("alpha-CNN, images/s", lambda one: f"{one['alpha_cnn']['metrics']['images_per_second']:,.0f}"),
+        ("hours", lambda one: f"{hours(one, 'seconds', ''):.2f}"),
+        ("CPU-hours", lambda one: f"{hours(one, 'cpu_seconds', ''):.2f}"),
+        ("of that simulating", lambda one: f"{hours(one, 'cpu_seconds', 'simulate'):.3f}"),
+    ]
+
+
+def varied(one: Results) -> Results:
     """Return what was measured where alpha varies."""
     return next(entry for entry in one["datasets"] if entry["alpha"] is None)
 
@@ -128,10 +154,16 @@ def _modes() -> list[str]:
     if found is None:
         return []
     rows = [
-        [name, f"{epochs[-1]['training_rmse']:.1f}", *(f"{epochs[-1][mode]['bias']:+.1f}" for mode in found["modes"])]
-        for name, epochs in found["variants"].items()
+        [
+            name,
+            f"{last['training_rmse']:.1f}",
+            *(f"{last[mode]['bias']:+.1f}" for mode in found["modes"]),
+            *(f"{last[mode]['pulls_up']:.0f} - {-last[mode]['pulls_down']:.0f}" for mode in ("training", "evaluation")),
+        ]
+        for name, last in ((name, epochs[-1]) for name, epochs in found["variants"].items())
     ]
-    return _lines([["labels", "training error", *found["modes"]], *rows])
+    pulls = ["features pull, training", "evaluation"]
+    return _lines([["labels", "training error", *found["modes"], *pulls], *rows])
 
 
 def _lines(rows: list[list[str]]) -> list[str]:
@@ -167,7 +199,7 @@ def _bias_by_epoch(found: Results) -> Figure:
 
 if __name__ == "__main__":
     for root in sys.argv[1:]:
-        keep(Path(root))
+        keep(root)
     (HERE / "index.html").write_text(page())
     for name, content in drawings().items():
         (HERE / name).write_bytes(content)

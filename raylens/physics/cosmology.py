@@ -12,7 +12,7 @@ from astropy.cosmology import WMAP9, FlatLambdaCDM, Planck18
 COSMOLOGIES: dict[str, FlatLambdaCDM] = {"Planck18": Planck18, "WMAP9": WMAP9}
 
 
-def distance_ratio(z_lens: np.ndarray, z_source: np.ndarray, *, cosmology: str = "Planck18") -> np.ndarray:
+def distance_ratio(z_lens: np.ndarray, z_source: np.ndarray, *, cosmology: str) -> np.ndarray:
     """Return D_ds / D_s, lens to source over observer to source.
 
     Parameters
@@ -29,7 +29,7 @@ def distance_ratio(z_lens: np.ndarray, z_source: np.ndarray, *, cosmology: str =
 
     Examples
     --------
-    >>> round(float(distance_ratio(np.array([0.5]), np.array([1.77]))[0]), 4)
+    >>> round(float(distance_ratio(np.array([0.5]), np.array([1.77]), cosmology="Planck18")[0]), 4)
     0.6069
     """
     distances = COSMOLOGIES[cosmology]

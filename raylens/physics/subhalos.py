@@ -11,12 +11,14 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import root
 
+from raylens.config import MassFunction
+
 # Section 3.1.1 of the paper: the mean number of subhaloes at two slopes.
 PAPER_MEAN_NUM_SUBHALOS = {-1.7: 200.0, -2.5: 700.0}
 
 
 def mass_quantile(
-    u: np.ndarray, *, alpha: float, mass_min: float, mass_max: float, mass_function: str = "power-law"
+    u: np.ndarray, *, alpha: float, mass_min: float, mass_max: float, mass_function: MassFunction = "power-law"
 ) -> np.ndarray:
     """Return the mass [Msun] below which a share u, in [0, 1), of the subhaloes lies."""
     if mass_function == "decades":
@@ -30,7 +32,7 @@ def mass_quantile(
 
 
 def mean_power(
-    power: int, *, alpha: float, mass_min: float, mass_max: float, mass_function: str = "power-law"
+    power: int, *, alpha: float, mass_min: float, mass_max: float, mass_function: MassFunction = "power-law"
 ) -> float:
     """Return the mean of M^power over the mass function [Msun^power]."""
     if mass_function == "decades":
@@ -40,7 +42,7 @@ def mean_power(
 
 
 def mean_num_subhalos(
-    *, alpha: float, mass_min: float, mass_max: float, mass_to_reach: float, mass_function: str = "power-law"
+    *, alpha: float, mass_min: float, mass_max: float, mass_to_reach: float, mass_function: MassFunction = "power-law"
 ) -> float:
     """Return the mean number of subhaloes drawn until their mass reaches `mass_to_reach` [Msun].
 

@@ -23,7 +23,7 @@ MEAN_NUM_SUBHALOS = {-1.6: 164, -1.8: 250, -2.0: 363, -2.2: 496, -2.4: 635}
 
 def tenth_of_the_fixed_lens() -> float:
     """The mass [Msun] that the paper's subhaloes reach: section 2.1, with theta_E = 1.5 and redshifts 0.5 and 1.77."""
-    ratio = distance_ratio(np.array(0.5), np.array(1.77))
+    ratio = distance_ratio(np.array(0.5), np.array(1.77), cosmology="Planck18")
     return 0.1 * float(lenses.mass(lenses.velocity_dispersion(np.array(1.5), ratio)))
 
 

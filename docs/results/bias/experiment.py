@@ -67,7 +67,7 @@ def set_mode(network: CNN, *, dropout: bool, batch_statistics: bool) -> None:
 
 @torch.no_grad()
 def look(network: CNN, block: Block) -> dict[str, Any]:
-    """Return bias and RMSE in each mode, and in two of them what pulls the prediction up and down, in units of N."""
+    """Return bias and RMSE in each mode, and by how much the last features pull the prediction up and down."""
     kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
     seen: dict[str, Any] = {}
     for mode, (dropout, batch_statistics) in MODES.items():
@@ -88,7 +88,7 @@ def look(network: CNN, block: Block) -> dict[str, Any]:
     return seen
 
 
-def train(scaling: Scaling, dropout: float, train: Block, validation: Block) -> list[dict[str, Any]]:
+def train(scaling: Scaling, dropout: float, training: Block, validation: Block) -> list[dict[str, Any]]:
     """Return what is seen after each epoch of the paper's N-CNN with its batch and learning rate."""
     settings: Network = recipes.paper_fixed().n_cnn
     torch.manual_seed(0)
@@ -96,12 +96,12 @@ def train(scaling: Scaling, dropout: float, train: Block, validation: Block) -> 
     network = CNN("n-cnn", model, num_pixels=60, target=scaling, num_subhalos=scaling)
     network = learning.on_device(network, torch.device("cpu"), "float32")
     step = learning.Step(network, network, learning.optimizer(network, settings.training))
-    epoch = share.Epoch(len(train.target_B), BATCH_SIZE, rank=0, world_size=1)
+    epoch = share.Epoch(len(training.target_B), BATCH_SIZE, rank=0, world_size=1)
     seen = []
     for number in range(1, NUM_EPOCHS + 1):
         seed = share.seed_of(0, number, 0)
         torch.manual_seed(seed)
-        loss = sum(float(total) for total in learning.train_epoch(step, share.Resident(train).batches(epoch, seed)))
+        loss = sum(float(total) for total in learning.train_epoch(step, share.Resident(training).batches(epoch, seed)))
         training_rmse = (loss / epoch.num_images) ** 0.5 * scaling.scale
         seen.append({"epoch": number, "training_rmse": training_rmse, **look(network, validation)})
     return seen
