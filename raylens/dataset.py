@@ -220,13 +220,12 @@ def begin(uri: str, plan: Plan) -> None:
         If another run has meanwhile planned otherwise; the plan that stands is only ever extended.
     """
     place, text = storage.join(uri, "dataset.json"), _json(plan.as_dict()).encode()
-    while (standing := storage.read_if_there(place)) != text and (standing is None or _extends(plan, standing)):
+    while (there := _standing_plan(standing := storage.read_if_there(place))) != plan:
+        if there is not None and not _extends(plan, there):
+            raise ValueError(f"{uri} has just been begun otherwise by another run; run the same command again.")
         storage.remove(storage.join(uri, "manifest.json"))  # first, or it would name a dataset that is not there
         if storage.write_if(place, text, standing=standing):
             return
-    if standing == text:
-        return
-    raise ValueError(f"{uri} has just been begun otherwise by another run; run the same command again.")
 
 
 def command(uri: str) -> str:
@@ -354,8 +353,11 @@ def verify(uri: str) -> list[str]:
     return wrong
 
 
-def _extends(plan: Plan, standing: bytes) -> bool:
-    there = Plan.parse(json.loads(standing))
+def _standing_plan(content: bytes | None) -> Plan | None:
+    return None if content is None else Plan.parse(json.loads(content))
+
+
+def _extends(plan: Plan, there: Plan) -> bool:
     return plan.num_images > there.num_images and plan == there.override({"num_images": plan.num_images})
 
 

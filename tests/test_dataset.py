@@ -435,6 +435,19 @@ def test_a_dataset_that_stands_is_not_written_again(complete, simulation):
     assert {name: os.stat(f"{complete}/{name}").st_mtime_ns for name in os.listdir(complete)} == changed
 
 
+def test_a_dataset_from_before_a_later_setting_is_gone_on_with(complete, simulation):
+    """Its rows are those that are made now, under the same name, and its shards must stay."""
+    place = Path(complete, "dataset.json")
+    plan = json.loads(place.read_text())
+    del plan["simulation"]["subhalos"]["mass_total"]
+    place.write_text(json.dumps(plan))
+    names = set(os.listdir(complete))
+
+    assert begin(complete, simulation, 10).simulation == simulation
+    assert set(os.listdir(complete)) == names
+    assert dataset.verify(complete) == []
+
+
 def test_location_carries_recipe_split_and_digest(simulation):
     """Two datasets that differ in anything must not share a folder."""
     place = dataset.location("s3://bucket/data/", recipe="smoke", split="test-alpha-1.6", simulation=simulation)
