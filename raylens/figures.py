@@ -322,7 +322,7 @@ def learning_curves(networks: dict[str, dict[str, Any]]) -> Figure:
         axes.axvline(card["epoch"], color=GREY, linewidth=0.8, linestyle=":", label=f"kept: epoch {card['epoch']}")
         axes.set(yscale="log", xlabel="epoch", title=title, xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
         training = card["training"]
-        axes.set_ylabel(f"{LOSSES[training['loss']]} error, {card['target']} {training['labels']}".replace("_", " "))
+        axes.set_ylabel(f"{LOSSES[training['loss']]} error,\n{TARGETS[card['network']]} {training['labels']}")
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")

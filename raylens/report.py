@@ -29,7 +29,7 @@ class _Network:
 _WITHOUT_IMAGE = {
     "alpha_constant": "constant",
     "alpha_from_true_n": "true N",
-    "alpha_from_true_n_and_mass": "true N + mass",
+    "alpha_from_true_n_and_mass": "N with mass",
     "alpha_from_ring": "ring",
 }
 _NETWORKS = {
@@ -211,7 +211,7 @@ def _in_short(results: dict[str, Any], tables: dict[str, paper.Table]) -> str:
     return (
         f"<p>{' '.join(short)}</p>"
         '<ul class="quiet"><li>No image is seen by the <b>constant</b>, the mean of the training labels, and by what '
-        "is fitted to training labels given the truth: the <b>true N</b>; the true N and the <b>mass</b> of the lens; "
+        "is fitted to training labels given the truth: the <b>true N</b>; this N <b>with the mass</b> of the lens; "
         "and the <b>ring</b>: the θ<sub>E</sub> of the lens and the sum of the subhaloes’, as two numbers.</li>"
         "<li>The best possible prediction has gradient 1 − RMSE² / variance, so a gradient of 1 is not the goal; "
         f"with our RMSE it would be {' and '.join(best)}. Rank by RMSE, and look at the bias.</li></ul>"

@@ -1,12 +1,15 @@
-"""Keep the results of experiments here, and draw the page and the tables of README.md from them.
+"""Keep the results of experiments here, and draw from them the page, the figures and the tables of README.md.
 
-python docs/results/draw.py            # the page and the tables, from the results that lie here
+python docs/results/draw.py            # from the results that lie here
 python docs/results/draw.py ROOT       # before that, take over those of `raylens reproduce ... --to ROOT`
+
+A table of README.md stands below a comment with its name.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,13 +63,24 @@ def tables() -> dict[str, str]:
     raw = {name: one for name, one in found.items() if name.startswith("raw-")}
     scalings = {name: found[name] for one in raw for name in (one.replace("raw", "paper"), one)}
     drawn = {
-        "readings": [*_table(readings, _of_n(paper_too=True)), "", *_table(readings, _of_alpha(paper_too=True))],
+        "readings, N": _table(readings, _of_n(paper_too=True)),
+        "readings, alpha": _table(readings, _of_alpha(paper_too=True)),
         "sensitivity": _table(tenths, _of_n() + _of_alpha()),
         "scalings": _table(scalings, _of_scalings()),
         "modes": _modes(),
         "cost": _table(found, _of_cost()),
     }
-    return {name: "\n".join(lines) for name, lines in drawn.items()}
+    return {name: "\n".join(lines) for name, lines in drawn.items() if len(lines) > 2}
+
+
+def readme() -> str:
+    """Return README.md with its tables as they follow from the results."""
+    drawn = tables()
+    return re.sub(
+        r"(<!-- (.+?) -->\n)(?:\|.*\n)*",
+        lambda place: f"{place[1]}{drawn[place[2]]}\n",
+        (HERE / "README.md").read_text(),
+    )
 
 
 # A heading, and what stands under it for an experiment.
@@ -203,5 +217,4 @@ if __name__ == "__main__":
     (HERE / "index.html").write_text(page())
     for name, content in drawings().items():
         (HERE / name).write_bytes(content)
-    for name, text in tables().items():
-        print(f"{name}\n\n{text}\n")
+    (HERE / "README.md").write_text(readme())
