@@ -26,6 +26,8 @@ _KEEP_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
 }
 
+_LOOPBACK = "127.0.0.1"
+
 SIMULATE = "raylens.simulate"  # the label of a node that says whether it simulates
 
 # Of what users of clusters mount on all nodes, as the kernel names it.
@@ -64,7 +66,13 @@ def connect() -> Resources:
             if address:
                 ray.init(address=address, **options)
             else:
-                ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+                ray.init(address="local", include_dashboard=False, _node_ip_address=_LOOPBACK, **options)
+                (node,) = ray.nodes()
+                if node["NodeManagerAddress"] != _LOOPBACK:
+                    logger.warning(
+                        "Ray was imported before raylens, so it listens on all interfaces, behind its token. "
+                        "Import raylens first, and it listens on loopback only."
+                    )
         except ConnectionError as error:
             raise ConnectionError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from error
         _quieten()

@@ -1,5 +1,6 @@
-"""Real nodes on this machine, each a raylet, and the processes below one."""
+"""Real nodes on this machine, each a raylet, the processes below one, and where they listen."""
 
+import ipaddress
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,3 +54,37 @@ def title(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
         return ""
+
+
+def listening(pid: int) -> dict[str, set[str]]:
+    """The addresses on which a process and its descendants wait for connections, each with their titles."""
+    sockets = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A":  # LISTEN
+                sockets[f"socket:[{inode}]"] = _address(*local.split(":"))
+    found: dict[str, set[str]] = {}
+    for one in (pid, *descendants(pid)):
+        try:
+            held = [os.readlink(fd) for fd in Path(f"/proc/{one}/fd").iterdir()]
+        except OSError:
+            continue  # it has just ended
+        for name in held:
+            if name in sockets:
+                found.setdefault(sockets[name], set()).add(title(one))
+    return found
+
+
+def _address(words: str, port: str) -> str:
+    """The kernel writes an address as words of four bytes, each in the machine's own order."""
+    packed = b"".join(bytes.fromhex(words[i : i + 8])[::-1] for i in range(0, len(words), 8))
+    address = ipaddress.ip_address(packed)
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        address = address.ipv4_mapped
+    return f"{address}:{int(port, 16)}"
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach an address with its port."""
+    return ipaddress.ip_address(address.rsplit(":", 1)[0]).is_loopback

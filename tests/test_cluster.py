@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from raylets import cluster, descendants, raylet
+from raylets import cluster, descendants, is_loopback, listening, raylet
 
 from raylens import storage
 from raylens.config import Experiment, Simulation
@@ -73,6 +73,48 @@ def test_labels_decide_where_simulation_runs(tiny, tmp_path):
     ):
         assert num_made == 40
         assert [has_simulated(node) for node in started] == [False, True, False]
+
+
+RAY_FIRST = """
+import sys
+import ray.data
+from raylens import cluster
+
+cluster.connect()
+print(ray.data.range(2).map(lambda row: row).take_all(), flush=True)  # there are workers
+sys.stdin.read()
+"""
+RAYLENS_FIRST = f"import raylens\n{RAY_FIRST}"
+
+
+@contextmanager
+def connected(script: str) -> Iterator[subprocess.Popen]:
+    """A process with a local Ray of its own, as a user has it: nothing in its environment speaks of Ray."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as driver:  # fmt: skip
+        assert "{'id': 1}" in driver.stdout.readline()
+        yield driver
+
+
+def test_a_local_ray_listens_on_loopback_only():
+    """Who starts on a laptop in a café opens nothing to the café, not even a door with a lock."""
+    with connected(RAYLENS_FIRST) as driver:
+        found = listening(driver.pid)
+
+    assert len(found) > 5, found
+    assert {address: who for address, who in found.items() if not is_loopback(address)} == {}
+
+
+def test_who_imported_ray_first_is_told_that_it_listens_everywhere():
+    """Ray reads how far to open itself when it is imported, so that raylens comes too late."""
+    with connected(RAY_FIRST) as driver:
+        assert not all(map(is_loopback, listening(driver.pid)))
+        _, told = driver.communicate()
+
+    assert "Import raylens first" in told
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told to")
