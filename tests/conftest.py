@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import os
 import resource
-import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,10 +19,11 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
+import local
 import pytest
 import s3fs
 
-from raylens import card, dataset, shards, storage
+from raylens import card, dataset, shards
 from raylens.config import Simulation
 from raylens.simulate import simulate_block
 
@@ -32,33 +31,22 @@ from raylens.simulate import simulate_block
 os.environ["RAY_OVERRIDE_RESOURCES"] = json.dumps({"CPU": 2})
 os.environ.pop("RAY_ADDRESS", None)  # the tests join no cluster that happens to run
 
-_WEED = Path(sys.executable).parent / "weed"
-_LISTENERS = ("master", "volume", "filer", "s3", "admin")  # each with one port for HTTP and one for gRPC
-
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory) -> Iterator[str]:
     """A bucket on a SeaweedFS of our own, and the AWS_* variables that lead to it."""
     folder = tmp_path_factory.mktemp("s3")
-    ports = _free_ports([f"{name}.port{kind}" for name in _LISTENERS for kind in ("", ".grpc")])
     environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3.port']}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{local.free_ports(1)[0]}",
         "AWS_ACCESS_KEY_ID": "raylens-tests",
         "AWS_SECRET_ACCESS_KEY": f"planted-secret-{uuid.uuid4().hex}",  # to be found wherever it should not be
         "AWS_REGION": "us-east-1",
     }
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
-    command = [
-        str(_WEED), f"-logdir={folder}", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-        "-bucket=bucket", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
-        "-master.telemetry=false", "-s3.autoCreateBucket=false", "-idleTimeout=1", "-volume.preStopSeconds=0",
-        f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock",
-        *(f"-{name}={port}" for name, port in ports.items()),
-    ]  # fmt: skip
-    with open(folder / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as server:
+    with local.start_s3(folder, "bucket", environment) as server:
         try:
-            _wait_for_bucket(server, folder / "log")
+            local.await_bucket("bucket", server, folder)
             yield "s3://bucket"
         finally:
             server.kill()  # its data are thrown away, and it would take ten seconds to go
@@ -86,7 +74,7 @@ def surroundings(s3, monkeypatch, tmp_path_factory) -> Iterator[Callable[..., No
 @pytest.fixture
 def dead_endpoint() -> str:
     """Where nobody listens."""
-    return f"http://127.0.0.1:{_free_ports(['s3'])['s3']}"
+    return f"http://127.0.0.1:{local.free_ports(1)[0]}"
 
 
 @pytest.fixture(scope="session")
@@ -198,28 +186,6 @@ def full_disk() -> Callable[[int], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limit
-
-
-def _free_ports(names: list[str]) -> dict[str, int]:
-    """Return a free port of loopback for each name, no two the same."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in names]
-    ports = {name: held.getsockname()[1] for name, held in zip(names, sockets, strict=True)}
-    for held in sockets:
-        held.close()
-    return ports
-
-
-def _wait_for_bucket(server: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            if storage.exists("s3://bucket"):
-                return
-        except storage.StorageError:
-            pass  # not yet
-        if server.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
-        time.sleep(0.1)
 
 
 @pytest.fixture
