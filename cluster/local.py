@@ -70,7 +70,7 @@ def up(
     except BaseException:
         _end(folder)
         raise
-    typer.echo(f"A head, {workers} worker nodes of {cpus} CPUs, and s3://{BUCKET}. To use them from a shell:\n")
+    typer.echo(f"A head, worker nodes: {workers}, CPUs of each: {cpus}, and s3://{BUCKET}. To use them from a shell:\n")
     typer.echo(f"    source {shlex.quote(str(folder / 'environment'))}")
 
 
