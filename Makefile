@@ -3,7 +3,7 @@ PYTHON ?= python3
 RAYLENS := .venv/bin/python -m raylens
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check slow benchmarks scale
+.PHONY: setup demo test check slow docs benchmarks scale
 
 setup: $(STAMP)
 
@@ -27,6 +27,10 @@ check: $(STAMP)
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
+
+# The documentation as a site, in site/; warnings are errors.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --site-dir site
 
 benchmarks: $(STAMP)
 	.venv/bin/python benchmarks/simulate.py
