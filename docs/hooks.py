@@ -114,7 +114,7 @@ def command_line() -> str:
         table(
             ["verb", ""], [[f"[`{name}`](#raylens-{name})", _first(verb.help)] for name, verb in app.commands.items()]
         ),
-        table(["option of `raylens` itself", "", "default"], _options(app)),
+        table(["option of `raylens` itself", ""], [row[:2] for row in _options(app)]),
     ]
     for name, verb in app.commands.items():
         arguments = [one for one in verb.params if one.param_type_name == "argument"]
@@ -204,7 +204,7 @@ def configuration() -> str:
             ],
         ),
         "## Simulation",
-        f"{_class_docstring('Simulation')} They make the digest in its name.",
+        f"{_class_docstring('Simulation')} Its digest stands in the dataset's name.",
         _fields(config.Simulation, "", simulation),
     ]
     for name, field in config.Simulation.model_fields.items():
@@ -279,10 +279,14 @@ def _must_be(schema: dict[str, Any], whole: dict[str, Any]) -> str:
     if schema["type"] == "null":
         return "`null`"
     limits = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-    bounds = [f"{word} {schema[key]:.6g}" for key, word in limits.items() if key in schema]
+    bounds = [f"{word} {_limit(schema[key])}" for key, word in limits.items() if key in schema]
     if "pattern" in schema:
         bounds.append(f"like `{schema['pattern']}`")
     return f"{kind[schema['type']]}{', ' if bounds else ''}{', '.join(bounds)}"
+
+
+def _limit(number: float) -> str:
+    return "2^63" if number == 2**63 else f"{number:g}"
 
 
 def comments(kind: str) -> dict[str, tuple[str, str]]:
