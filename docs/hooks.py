@@ -61,14 +61,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_content(content: str, **_: Any) -> str:
     """Turn LaTeX into MathML, which browsers draw without a script."""
+    inline = r'<span class="arithmatex">\\\((.*?)\\\)</span>'
+    block = r'<div class="arithmatex">\\\[(.*?)\\\]</div>'
+    content = re.sub(inline, lambda found: _mathml(found[1], "inline"), content, flags=re.DOTALL)
     return re.sub(
-        r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
-        lambda found: latex2mathml.converter.convert(
-            html.unescape(found[2]).strip(), display="block" if found[1] == "div" else "inline"
-        ),
-        content,
-        flags=re.DOTALL,
+        block, lambda found: f'<div class="equation">{_mathml(found[1], "block")}</div>', content, flags=re.DOTALL
     )
+
+
+def _mathml(latex: str, display: str) -> str:
+    return latex2mathml.converter.convert(html.unescape(latex).strip(), display=display)
 
 
 def modules() -> list[str]:
