@@ -65,12 +65,15 @@ def up(
         _record(folder, keeper=keeper.pid, server=server.pid)
         _await(addresses.exists, keeper, folder / "log")
         variables = json.loads(addresses.read_text()) | surroundings
+        dashboard = variables["RAY_API_SERVER_ADDRESS"]
+        _await(lambda: _listens(dashboard), keeper, folder / "log")
         lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
         _write(folder / "environment", "\n".join(["unset AWS_PROFILE AWS_SESSION_TOKEN", *lines, ""]))
     except BaseException:
         _end(folder)
         raise
-    typer.echo(f"A head, worker nodes: {workers}, CPUs of each: {cpus}, and s3://{BUCKET}. To use them from a shell:\n")
+    typer.echo(f"A head, worker nodes: {workers}, CPUs of each: {cpus}, and s3://{BUCKET}.")
+    typer.echo(f"The dashboard is {dashboard}, and asks for what is in {folder / 'token'}. To use them from a shell:\n")
     typer.echo(f"    source {shlex.quote(str(folder / 'environment'))}")
 
 
@@ -98,8 +101,11 @@ def keep(
     signal.signal(signal.SIGTERM, end)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // workers
     each = {"node_ip_address": "127.0.0.1", "object_store_memory": min(memory // 4, 2**30)}
-    head_agent, *agents = free_ports(1 + workers)
-    head = {"num_cpus": 0, "dashboard_host": "127.0.0.1", "dashboard_agent_listen_port": head_agent}
+    dashboard, head_agent, *agents = free_ports(2 + workers)
+    head = {
+        "num_cpus": 0, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard,
+        "dashboard_agent_listen_port": head_agent,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="raylens-") as temporary:
         os.environ["RAY_TMPDIR"] = temporary  # in Ray's usual place others would find this cluster and join it
         import ray.cluster_utils
@@ -109,7 +115,7 @@ def keep(
         try:
             for agent in agents:
                 nodes.add_node(**each, num_cpus=cpus, memory=memory, dashboard_agent_listen_port=agent)
-            found = {"RAY_ADDRESS": nodes.address, "RAY_API_SERVER_ADDRESS": f"http://{nodes.webui_url}"}
+            found = {"RAY_ADDRESS": nodes.address, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
             _write(addresses, json.dumps(found))
             signal.pause()
         finally:
@@ -203,6 +209,12 @@ def _await(condition: Callable[[], bool], process: subprocess.Popen, log: Path) 
             last = log.read_text(errors="replace").strip().splitlines()[-1:]
             _fail(f"{Path(process.args[0]).name} did not start; {log} ends with: {''.join(last)}")
         time.sleep(0.1)
+
+
+def _listens(url: str) -> bool:
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.socket() as one:
+        return one.connect_ex((host, int(port))) == 0
 
 
 def _record(folder: Path, **pids: int) -> None:

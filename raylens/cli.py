@@ -58,9 +58,10 @@ def main(arguments: list[str] | None = None, out: TextIO | None = None) -> int:
     """Run a command line and return its exit status; what it has to say goes to `out`, or standard output."""
     words = sys.argv[1:] if arguments is None else arguments
     _Talk.quiet, _Talk.debug, _Talk.out = "--quiet" in words, "--debug" in words, out or sys.stdout
-    logging.basicConfig(level=logging.DEBUG if _Talk.debug else logging.WARNING, format="%(name)s: %(message)s")
+    level = logging.DEBUG if _Talk.debug else logging.WARNING
+    logging.basicConfig(level=level, format="%(name)s: %(message)s")
     # At DEBUG it writes each request's headers, with the session token and a signature that can be used again.
-    logging.getLogger("botocore").setLevel(logging.INFO)
+    logging.getLogger("botocore").setLevel(max(level, logging.INFO))
     try:
         # Ray prints warnings of its own, at any time; standard output is for ours.
         with redirect_stdout(_Talk.out if "--help" in words else sys.stderr):
@@ -411,13 +412,8 @@ def report(
 ) -> None:
     """Put results beside the paper's, or what a campaign found, on one self-contained HTML page."""
     started = time.perf_counter()
-    contents = []
-    for uri in results:
-        try:
-            contents.append(json.loads(storage.read(uri)))
-        except ValueError as error:
-            raise ValueError(f"{uri} is not JSON: {error}.") from None
-    if len(contents) == 1 and isinstance(contents[0], dict) and "search" in contents[0]:
+    contents = [storage.read_json(uri) for uri in results]
+    if len(contents) == 1 and "search" in contents[0]:
         from raylens import findings
 
         try:
@@ -658,12 +654,15 @@ def _explanation(error: BaseException) -> str:
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
-        # What fails in a worker arrives wrapped, and says under `cause` or `worker_failures` what it was.
+        # What fails in a worker or in what directs them arrives wrapped, and says under one of these what it was.
         failures = getattr(link, "worker_failures", None)
-        link = next(iter(failures.values())) if failures else getattr(link, "cause", None) or link.__cause__
+        directing = getattr(link, "controller_failure", None)
+        link = (
+            next(iter(failures.values())) if failures else getattr(link, "cause", None) or directing or link.__cause__
+        )
     for link in chain:
         # What wraps another may be of that one's type too, but its text is a traceback.
-        wraps = hasattr(link, "cause") or hasattr(link, "worker_failures")
+        wraps = any(hasattr(link, name) for name in ("cause", "worker_failures", "controller_failure"))
         if isinstance(link, (ValueError, OSError, MemoryError)) and str(link) and not wraps:
             text, _, _ = str(link).partition("\nFailed to apply UDF transform")  # Ray Data's advice on retries
             return " ".join(text.split())

@@ -21,6 +21,8 @@ from scipy.special import ndtr, ndtri
 # Raised whenever the code makes other rows from the same Simulation: other draws, other pixels, other columns.
 SIMULATOR_VERSION = 2
 
+NAME = r"^[a-z0-9][a-z0-9.-]*$"  # of what becomes the name of a folder
+
 # Settings that came after this version, without a change to the rows of those who do not use them.
 _LATER = [("subhalos", "mass_total", None)]
 
@@ -341,7 +343,7 @@ class Search(Settings):
     layer k of `num_layers` has `filters` * `growth`^k of them, from k = 0 at the input on.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    name: str = Field(pattern=NAME)
     network: Literal["n-cnn", "alpha-cnn"]
     recipe: str = "paper-fixed"  # whose settings hold for what is not searched
     metric: Literal["validation_rmse", "validation_loss"] = "validation_rmse"  # the lowest of a trial's epochs ranks it
@@ -398,7 +400,7 @@ class NumImages(Settings):
 class Experiment(Settings):
     """All that `raylens reproduce` needs: what to simulate, how much, and what to train on it."""
 
-    name: str = Field("paper-fixed", pattern=r"^[a-z0-9][a-z0-9.-]*$")  # also the start of its datasets' names
+    name: str = Field("paper-fixed", pattern=NAME)  # also the start of its datasets' names
     simulation: Simulation = Simulation()
     num_images: NumImages = NumImages()
     n_cnn: Network = Network(model=Model(filters=(16, 32, 64), kernel_size=5))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,20 +20,27 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from raylens import __version__, shards, storage
-from raylens.config import SIMULATOR_VERSION, SPLITS, Settings, Simulation
+from raylens.config import NAME, SIMULATOR_VERSION, SPLITS, Settings, Simulation
 
 SHARD_SIZE = 1024  # images; a shard of 60 x 60 pixels is 15 MB
 MAX_SHARDS = 100_000  # beyond, their names in alphabetical order, in which many read them, are not in that of the rows
 
 
+def check_split(split: str) -> str:
+    """Return a split; refuse one that is none of SPLITS."""
+    if split not in SPLITS:
+        raise ValueError(f"{split} is no split; the splits are {', '.join(SPLITS)}.")
+    return split
+
+
 class Plan(Settings):
     """What a dataset is to hold; `dataset.json`."""
 
-    recipe: str
-    split: str
+    recipe: Annotated[str, Field(pattern=NAME)]  # with the split, the name of a folder
+    split: Annotated[str, AfterValidator(check_split)]
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
     simulator_version: int
     shard_size: Annotated[int, Field(ge=1)]
@@ -44,7 +50,7 @@ class Plan(Settings):
 
     @property
     def num_shards(self) -> int:
-        return math.ceil(self.num_images / self.shard_size)
+        return -(-self.num_images // self.shard_size)
 
     def rows(self, number: int) -> range:
         """Return the indices of the rows of a shard."""
@@ -100,6 +106,12 @@ class Dataset:
                 f"{uri} has {standing} of {plan.num_shards} shards and no manifest, so simulation did not finish. "
                 f"Run `{command(uri)}`; finished shards are kept."
             )
+        there = [(entry.name, entry.rows) for entry in manifest.shards]
+        if manifest.num_images != plan.num_images or len(there) != plan.num_shards or there != _shards_of(plan):
+            raise ValueError(
+                f"{uri}/manifest.json does not list the shards of the {plan.num_images:,} images of dataset.json; "
+                f"`{command(uri)}` mends it."
+            )
         if num_images is not None and num_images > plan.num_images:
             raise ValueError(
                 f"{uri} holds {plan.num_images:,} images, and {num_images:,} are asked for; "
@@ -146,12 +158,6 @@ def read_manifest(uri: str) -> Manifest | None:
     return _parse(Manifest, place) if storage.exists(place) else None
 
 
-def check_split(split: str) -> None:
-    """Refuse a split that is none of SPLITS."""
-    if split not in SPLITS:
-        raise ValueError(f"{split} is no split; the splits are {', '.join(SPLITS)}.")
-
-
 def plan_for(
     uri: str, *, recipe: str, split: str, simulation: Simulation, num_images: int, shard_size: int | None = None
 ) -> Plan:
@@ -167,7 +173,7 @@ def plan_for(
     if plan.num_shards > MAX_SHARDS:
         raise ValueError(
             f"a dataset has at most {MAX_SHARDS:,} shards; {plan.num_images:,} images in shards of {plan.shard_size} "
-            f"are {plan.num_shards:,}. Choose --shard-size {math.ceil(plan.num_images / MAX_SHARDS)} or more."
+            f"are {plan.num_shards:,}. Choose --shard-size {-(-plan.num_images // MAX_SHARDS)} or more."
         )
     return plan
 
@@ -353,6 +359,11 @@ def verify(uri: str) -> list[str]:
     return wrong
 
 
+def _shards_of(plan: Plan) -> list[tuple[str, int]]:
+    """Return the name and the number of rows of each shard."""
+    return [(shard_name(number), len(plan.rows(number))) for number in range(plan.num_shards)]
+
+
 def _standing_plan(content: bytes | None) -> Plan | None:
     return None if content is None else Plan.parse(json.loads(content))
 
@@ -391,12 +402,7 @@ def _manifest_json(manifest: Manifest) -> str:
 
 
 def _parse(kind: type[Any], place: str) -> Any:
-    try:
-        values = json.loads(storage.read(place))
-    except ValueError as error:
-        raise ValueError(f"{place} is not JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{place} does not hold a JSON object.")
+    values = storage.read_json(place)
     try:
         return kind.parse(values)
     except ValueError as error:

@@ -63,7 +63,7 @@ def evaluate(
         "n_cnn": {"run": n_cnn, **n_card.as_dict(), "history": _history(n_cnn)},
         "alpha_cnn": {"run": alpha_cnn, **alpha_card.as_dict(), "history": _history(alpha_cnn)},
         "datasets": entries,
-        "illustration": json.loads(storage.read(illustration)) if storage.exists(illustration) else None,
+        "illustration": storage.read_json(illustration) if storage.exists(illustration) else None,
         "cost": {
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,

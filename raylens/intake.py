@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from astropy import units
 from astropy.io import fits
 from astropy.wcs import WCS
@@ -166,7 +165,7 @@ def _fits(content: bytes) -> list[Stack | str]:
             normalised = _said_by_raylens(hdus)
             for hdu in hdus:
                 if hdu.is_image and hdu.header["NAXIS"]:
-                    found.append(_of_extension(hdu, hdus, normalised))
+                    found.append(_of_extension(hdu, hdus, normalised, len(content)))
             last = hdus.fileinfo(len(hdus) - 1)
             rest = content[last["datLoc"] + last["datSpan"] :]
     if rest.strip(b"\0 "):
@@ -174,8 +173,9 @@ def _fits(content: bytes) -> list[Stack | str]:
     return found
 
 
-def _of_extension(hdu: Any, hdus: fits.HDUList, normalised: bool | None) -> Stack | str:
+def _of_extension(hdu: Any, hdus: fits.HDUList, normalised: bool | None, num_bytes: int) -> Stack | str:
     try:
+        shards.require_proportion(hdu.size, num_bytes)
         pixels, scales = _stacked(hdu.data), _pixel_scales(hdu.header, hdus)
     except Exception as error:  # as above; the next extension may be sound
         return f"it cannot be read: {_first_sentence(error)}"
@@ -205,6 +205,13 @@ def _pixel_scales(header: fits.Header, hdus: fits.HDUList) -> tuple[float, float
     return float(along_x * first.to(units.arcsec)), float(along_y * second.to(units.arcsec))
 
 
+def _unzipped(content: bytes) -> bytes:
+    with gzip.open(io.BytesIO(content)) as file:
+        unzipped = file.read(101 * len(content))
+    shards.require_proportion(len(unzipped), len(content))
+    return unzipped
+
+
 def _npy(content: bytes) -> list[Stack | str]:
     array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     if array.dtype.kind not in "iuf":
@@ -220,7 +227,7 @@ def _stacked(array: np.ndarray) -> np.ndarray:
 
 
 def _parquet(content: bytes) -> Iterator[Stack | str]:
-    file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+    file = shards.open_parquet(pa.BufferReader(content))
     if "image" not in file.schema_arrow.names:
         raise ValueError("it has no column image")
     kind = file.schema_arrow.field("image").type
@@ -263,7 +270,7 @@ def _first_sentence(error: Exception) -> str:
 
 _READERS: dict[str, Callable[[bytes], Iterable[Stack | str]]] = {
     ".fits": _fits,
-    ".fits.gz": lambda content: _fits(gzip.decompress(content)),
+    ".fits.gz": lambda content: _fits(_unzipped(content)),
     ".npy": _npy,
     ".parquet": _parquet,
 }

@@ -41,6 +41,8 @@ BASELINES: dict[NetworkName, dict[str, tuple[str, ...]]] = {
 
 PIXEL_SCALE_TOLERANCE = 1e-3  # relative; over a frame of a thousand pixels it is one of them
 
+_MOST_HEADER = 2**20  # bytes before the weights in a safetensors file; of ours it has some thousands
+
 _ACTIVATIONS = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
 
@@ -165,7 +167,7 @@ def read_card(run: str, network: NetworkName | None = None) -> Card:
         which = network or "n-cnn"
         raise ValueError(f"{run} holds no trained network; `raylens train {which} --to {run}` makes one.")
     try:
-        card = Card.parse(json.loads(storage.read(place)))
+        card = Card.parse(storage.read_json(place))
     except ValueError as error:
         raise ValueError(f"{place} does not describe a network: {error}") from None
     if network not in (None, card.network):
@@ -231,9 +233,10 @@ def require_same_images(n_cnn: Card, alpha_cnn: Card) -> None:
 def load(run: str, network: NetworkName) -> CNN:
     """Return the trained network of a run, ready to predict."""
     card = read_card(run, network)
-    model = build(card)
     place = storage.join(run, "model.safetensors")
     try:
+        _require_size(card, storage.size(place))
+        model = build(card)
         model.load_state_dict(safetensors.torch.load(storage.read(place)))
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise ValueError(
@@ -241,6 +244,15 @@ def load(run: str, network: NetworkName) -> CNN:
         ) from None
     # In this layout a CPU predicts faster by half.
     return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # documented, not in the stubs
+
+
+def _require_size(card: Card, num_bytes: int) -> None:
+    """Refuse a file of weights of another size than the card's network has, before memory is taken for either."""
+    with torch.device("meta"):  # which knows shapes, and holds no numbers
+        tensors = build(card).state_dict().values()
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if not needed <= num_bytes <= needed + _MOST_HEADER:
+        raise RuntimeError(f"they take {needed:,} bytes, and it has {num_bytes:,}")
 
 
 def build(card: Any) -> CNN:

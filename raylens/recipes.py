@@ -157,7 +157,7 @@ def may_be_dataset(recipe: str) -> bool:
 def _from_dataset(plan: str) -> Experiment:
     """Return the recipe by which a dataset was made, with its simulation and as many images of its split."""
     try:
-        values = json.loads(storage.read(plan))
+        values = storage.read_json(plan)
         experiment = RECIPES.get(values["recipe"], Experiment)()
         experiment = experiment.model_copy(
             update={"name": values["recipe"], "simulation": Simulation.parse(values["simulation"])}

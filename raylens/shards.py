@@ -217,8 +217,8 @@ def decode(content: bytes, simulation: Simulation, split: str, rows: range) -> p
         If they are those of another simulation, split or schema.
     """
     try:
-        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        table = open_parquet(pa.BufferReader(content)).read()
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise DamagedShardError(f"it cannot be read: {error}") from None
     made = _provenance(table.schema.metadata)
     wanted = made_from(simulation, split)
@@ -265,8 +265,8 @@ def read(uri: str, columns: list[str]) -> pa.Table:
     """
     file_system, path = storage.arrow_file_system(uri)
     try:
-        table = pq.read_table(path, columns=columns, filesystem=file_system, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+        table = open_parquet(path, filesystem=file_system, pre_buffer=True).read(columns=columns)
+    except (OSError, ValueError, pa.ArrowException) as error:
         reason, folder = " ".join(str(error).split()).rstrip("."), uri.rpartition("/")[0]
         raise OSError(f"{uri} cannot be read: {reason}. `raylens verify {folder}` checks every shard.") from error
     missing = [name for name in columns if name not in table.column_names]
@@ -275,6 +275,33 @@ def read(uri: str, columns: list[str]) -> pa.Table:
             f"{uri} has no column {missing[0]}, so another version of raylens wrote it; simulate the dataset anew."
         )
     return table
+
+
+def require_proportion(num_bytes: int, stored: int) -> None:
+    """Refuse a few bytes that would become many in memory, which images do not: their noise cannot be compressed.
+
+    Raises
+    ------
+    ValueError
+        If they would become more than a hundred times as many.
+    """
+    if num_bytes > 100 * stored:
+        raise ValueError(f"its {stored:,} bytes would take {num_bytes:,} in memory, more than images can")
+
+
+def open_parquet(source: Any, **options: Any) -> pq.ParquetFile:
+    """Open a Parquet file whose pages are checked as they are read, and which is no bomb."""
+    file = pq.ParquetFile(source, page_checksum_verification=True, **options)
+    metadata = file.metadata
+    chunks = [
+        metadata.row_group(group).column(column)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    ]
+    require_proportion(
+        8 * sum(chunk.num_values for chunk in chunks), sum(chunk.total_compressed_size for chunk in chunks)
+    )
+    return file
 
 
 def difference(there: Any, here: Any, where: str = "") -> str:

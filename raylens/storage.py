@@ -9,6 +9,7 @@ in the end is one StorageError that says where and why, and holds no secret.
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import re
@@ -47,6 +48,8 @@ _FAILURES = {
     "ResponseParserError": "answers what S3 does not",
     "HTTPClientError": "does not speak HTTP as S3 does",
 }
+
+_MOST_JSON = 2**26  # bytes, where strangers may have written them; the manifest of the largest dataset has 14 MB
 
 UNFINISHED = ".tmp"  # how the name of a file ends that is being written
 
@@ -118,6 +121,32 @@ def read(uri: str) -> bytes:
     """Return the content of a file."""
     file_system, path = _file_system(uri)
     return file_system.cat_file(path)
+
+
+@_persistent
+def size(uri: str) -> int:
+    """Return the number of bytes of a file."""
+    file_system, path = _file_system(uri)
+    return file_system.size(path)
+
+
+def read_json(uri: str) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises
+    ------
+    ValueError
+        If it holds anything else, or more than any file of raylens does.
+    """
+    if (num_bytes := size(uri)) > _MOST_JSON:
+        raise ValueError(f"{uri} has {num_bytes:,} bytes; what raylens writes there has at most {_MOST_JSON:,}.")
+    try:
+        values = json.loads(read(uri))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{uri} is not JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{uri} does not hold a JSON object.")
+    return values
 
 
 @_persistent

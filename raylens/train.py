@@ -76,6 +76,8 @@ def train(
 ) -> Trained:
     """Train a network on a dataset and keep the epoch with the lowest validation loss.
 
+    A run that has come to its end, and is to be resumed, is left as it is.
+
     Parameters
     ----------
     num_workers
@@ -102,6 +104,8 @@ def train(
     if card.num_training_images < most:
         raise ValueError(f"{most} workers cannot share {card.num_training_images} images; take fewer workers.")
     _require_same_run(run, card)
+    if (ended := _ended(run, card, started)) is not None:
+        return ended
     storage.check_writable(run)
     resources = cluster.connect()
     cluster.require_shared(run)
@@ -171,6 +175,29 @@ def _require_same_run(run: str, card: models.Card) -> None:
             f"{run} was begun otherwise: {shards.difference(there, here)}. "
             "Go on as it was begun, or choose another --to."
         )
+
+
+def _ended(run: str, card: models.Card, started: float) -> Trained | None:
+    """Return what a run came to that has ended just so; None where there is something left to train."""
+    if not {"model.json", "model.safetensors"} <= storage.names(run):
+        return None
+    trained = models.read_card(run, card.network)
+    if trained.training != card.training:
+        return None  # it is to be made longer, or was and has not ended yet
+    history = _history(run)
+    kept = next(record for record in history if record["epoch"] == trained.epoch)
+    return Trained(
+        run=run,
+        epoch=trained.epoch,
+        validation_loss=kept["validation_loss"],
+        validation_rmse=kept["validation_rmse"],
+        num_epochs=len(history),
+        num_training_images=card.num_training_images,
+        seconds=time.time() - started,
+        cpu_seconds=0.0,
+        gpu_seconds=0.0,
+        images_per_second=0.0,
+    )
 
 
 def _require_room(resources: cluster.Resources, least: int, most: int, use_gpu: bool) -> cluster.Room:

@@ -1,89 +1,289 @@
-"""The entry points for `ray job submit`, on a real cluster that takes jobs."""
+"""The entry points for `ray job submit`, on real clusters behind a token, with real object storage."""
 
 import json
 import os
-import socket
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import local
 import pytest
-from ray.job_submission import JobStatus, JobSubmissionClient
+import s3fs
+from raylets import descendants, title
 from test_reproduce import TINY
 
+from raylens.config import Experiment
+
 JOBS = Path(__file__).parents[1] / "jobs"
-ENDED = {JobStatus.STOPPED, JobStatus.SUCCEEDED, JobStatus.FAILED}
+PAGES = ("results.json", "report.html")
+RAY = str(Path(sys.executable).with_name("ray"))
 
 
-def wait(condition: Callable[[], object], seconds: float = 180) -> None:
+@dataclass
+class Cluster:
+    """Where jobs are submitted, as its users have it: by what their environment says."""
+
+    environment: dict[str, str]
+    bucket: str
+    nodes: Callable[[], list[int]]  # the raylets of the nodes that work
+
+    def ask(self, *words: str) -> str:
+        """What a `ray` command says."""
+        done = subprocess.run([RAY, *words], env=self.environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    @contextmanager
+    def submitted(self, folder: Path, *entrypoint: str) -> Iterator[subprocess.Popen]:
+        """`ray job submit`, which follows the logs of the job and ends as it does."""
+        command = [RAY, "job", "submit", "--working-dir", str(folder), "--", "python", *entrypoint]
+        environment = self.environment | {"PYTHONUNBUFFERED": "1"}
+        with subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as job:
+            try:
+                yield job
+            finally:
+                job.kill()
+
+    def finished(self, folder: Path, *entrypoint: str) -> tuple[int, list[str]]:
+        """How a job ended, and what it said."""
+        with self.submitted(folder, *entrypoint) as job:
+            lines, _ = job.communicate(timeout=300)
+        return job.returncode, lines.splitlines()
+
+    def made(self, under: str) -> dict[str, str]:
+        """The objects below a key, and when each was written; of the pages, which are drawn anew, what they say."""
+        keys = {name.lower(): self.environment[f"AWS_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
+        file_system = s3fs.S3FileSystem(
+            key=keys["access_key_id"], secret=keys["secret_access_key"],
+            endpoint_url=self.environment["AWS_ENDPOINT_URL"], use_listings_cache=False, skip_instance_cache=True,
+        )  # fmt: skip
+        found = file_system.find(f"{self.bucket}/{under}", detail=True)
+        return {
+            key: facts["ETag"] + ("" if key.endswith(PAGES) else f" {facts['LastModified']}")
+            for key, facts in found.items() if not key.endswith("/")
+        }  # fmt: skip
+
+
+def facts_of(lines: list[str]) -> dict:
+    """The JSON object with which a job ended; behind it `ray job submit` says how."""
+    return json.loads(next(line for line in reversed(lines) if line.startswith("{")))
+
+
+def read_until(job: subprocess.Popen, sign: str) -> list[str]:
+    """The lines of a log up to the first with a sign in it."""
+    lines: list[str] = []
+    for line in job.stdout:
+        lines.append(line)
+        if sign in line:
+            return lines
+    raise AssertionError(f"the job ended before it said {sign!r}:\n{''.join(lines)}")
+
+
+def wait(condition: Callable[[], object], seconds: float = 120) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+@contextmanager
+def started(folder: Path, *, head_cpus: int, workers: int = 0, **environment: str) -> Iterator[Cluster]:
+    """A cluster of so many nodes that `ray start` started, and how to use it.
+
+    Alone, a head keeps to loopback. `ray start` lets others join only on all interfaces, behind the token.
+    """
+    token = folder / "token"
+    token.write_text("a token of the tests, as long as Ray wants it")
+    foreign = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    told = {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }  # fmt: skip
+    if not workers:
+        told["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    gcs, dashboard, *agents = local.free_ports(3 + workers)
+    address, api = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
+    common = [
+        RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats",
+        f"--object-store-memory={2**28}", "--num-gpus=0",
+    ]  # fmt: skip
+    head = [
+        "--head", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--num-cpus={head_cpus}", f"--dashboard-agent-listen-port={agents[0]}",
+    ]  # fmt: skip
+    answers = [RAY, "job", "list"]
+    with ExitStack() as running:
+        temporary = running.enter_context(
+            tempfile.TemporaryDirectory(prefix="raylens-")
+        )  # its sockets want short names
+        around = foreign | told | environment | {"RAY_TMPDIR": temporary}
+        user = around | {"RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": api}
+        log = running.enter_context(open(folder / "log", "w"))
+
+        def start(*words: str) -> subprocess.Popen:
+            node = subprocess.Popen([*common, *words], env=around, stdout=log, stderr=log)
+            running.callback(node.wait, 60)
+            running.callback(node.terminate)
+            return node
+
+        nodes = [start(*head)]
+        wait(lambda: subprocess.run(answers, env=user, capture_output=True, timeout=60).returncode == 0)
+        for agent in agents[1:]:
+            nodes.append(start(f"--address={address}", "--num-cpus=2", f"--dashboard-agent-listen-port={agent}"))
+
+        def raylets() -> list[int]:
+            working = nodes[1:] or nodes
+            return [pid for node in working for pid in descendants(node.pid) if "raylet/raylet" in title(pid)]
+
+        wait(lambda: len(raylets()) == max(workers, 1))
+        yield Cluster(user, "bucket", raylets)
+
+
+@contextmanager
+def brought_up(folder: Path) -> Iterator[Cluster]:
+    """The cluster of one head and two worker nodes that `cluster/local.py` brings up, with a server of its own."""
+    up = subprocess.run(
+        [sys.executable, local.__file__, "up", "--cpus=2", f"--folder={folder}"], capture_output=True, text=True
+    )
+    assert up.returncode == 0, up.stderr
+    try:
+        show = "import json, os; print(json.dumps(dict(os.environ)))"
+        told = subprocess.run(
+            ["bash", "-c", f"source {folder}/environment; '{sys.executable}' -c '{show}'"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        keeper, _ = json.loads((folder / "processes.json").read_text())["keeper"]
+        # A node without CPUs is the head, whose raylet was started first.
+        yield Cluster(
+            json.loads(told.stdout), local.BUCKET,
+            lambda: sorted(pid for pid in descendants(keeper) if "raylet/raylet" in title(pid))[1:],
+        )  # fmt: skip
+    finally:
+        subprocess.run([sys.executable, local.__file__, "down", f"--folder={folder}"], check=True)
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory) -> Iterator[JobSubmissionClient]:
-    """Of a cluster of one node that `ray start` started."""
-    address = f"http://127.0.0.1:{(port := free_port())}"
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    environment.pop("RAY_ADDRESS", None)
-    start = [
-        Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--port=0", "--num-cpus=2",
-        "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
-        f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats",
-    ]  # fmt: skip
-    with open(tmp_path_factory.mktemp("ray") / "log", "w") as log:
-        head = subprocess.Popen(start, env=environment, stdout=log, stderr=log)
-    believed = os.environ.get("RAY_AUTH_MODE")
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    try:
-        found: list[JobSubmissionClient] = []
-
-        def answers() -> bool:
-            try:
-                found.append(JobSubmissionClient(address))
-                found[-1].list_jobs()
-            except (ConnectionError, RuntimeError):
-                return False
-            return True
-
-        wait(answers)
-        yield found[-1]
-    finally:
-        head.terminate()
-        head.wait(60)
-        os.environ.pop("RAY_AUTH_MODE") if believed is None else os.environ.update(RAY_AUTH_MODE=believed)
+def one_node(s3, tmp_path_factory) -> Iterator[Cluster]:
+    """`ray start --head`, and nothing else."""
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    with started(tmp_path_factory.mktemp("one"), head_cpus=2, **aws) as cluster:
+        yield cluster
 
 
-def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(client, tmp_path):
+@pytest.fixture(params=["ray start", "cluster/local.py"])
+def three_nodes(request, s3, tmp_path_factory) -> Iterator[Cluster]:
+    """A head that takes no work, and two worker nodes."""
+    folder = tmp_path_factory.mktemp("three")
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    how = started(folder, head_cpus=0, workers=2, **aws) if request.param == "ray start" else brought_up(folder)
+    with how as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def work(tmp_path) -> Callable[..., Path]:
+    """A folder to submit: the jobs as they stand, a recipe, and a space of it."""
+
+    def folder(**changes: object) -> Path:
+        shutil.copytree(JOBS, tmp_path / "work" / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
+        recipe = Experiment.parse(TINY).override(changes).as_dict()
+        (tmp_path / "work" / "tiny.json").write_text(json.dumps(recipe))
+        space = {
+            "base": "smoke",
+            "name": "tiny",
+            "recipe": "tiny.json",
+            "epochs": [1, 2],
+            "values": {"filters": [2, 4]},
+        }
+        (tmp_path / "work" / "space.json").write_text(json.dumps(space))
+        return tmp_path / "work"
+
+    return folder
+
+
+def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(one_node, work):
     """A night's work is resumed by the command that began it."""
-    recipe, root = tmp_path / "tiny.json", tmp_path / "root"
-    recipe.write_text(json.dumps(TINY))
-    job = f"{sys.executable} {JOBS / 'reproduce.py'} {recipe} --to {root}"
-    environment = {"env_vars": {"RAY_AUTH_MODE": "disabled"}}
+    folder, command = work(), ("jobs/reproduce.py", "tiny.json", "--to", f"s3://{one_node.bucket}/stopped")
+    with one_node.submitted(folder, *command) as job:
+        begun = read_until(job, "alpha-cnn  workers")
+        (name,) = {word.strip("'") for line in begun for word in line.split() if word.startswith("'raysubmit_")}
+        one_node.ask("job", "stop", name)
+        job.communicate(timeout=60)
+    assert "was stopped" in one_node.ask("job", "status", name)
+    before = one_node.made("stopped")
+    assert not any(key.endswith("results.json") for key in before)
 
-    first = client.submit_job(entrypoint=job, runtime_env=environment)
-    wait(lambda: list(root.glob("*n-cnn*/model.json")) or client.get_job_status(first) in ENDED)
-    client.stop_job(first)
-    wait(lambda: client.get_job_status(first) in ENDED)
-    assert client.get_job_status(first) == JobStatus.STOPPED, client.get_job_logs(first)
-    (trained,) = root.glob("*-n-cnn-*/model.json")
-    made = {path: path.stat().st_mtime_ns for path in (trained, *root.glob("*/*.parquet"))}
-    assert not (root / "results.json").exists()
+    status, lines = one_node.finished(folder, *command)
 
-    second = client.submit_job(entrypoint=job, runtime_env=environment)
-    wait(lambda: client.get_job_status(second) in ENDED)
+    assert status == 0, lines
+    after = one_node.made("stopped")
+    data = {key for key in before if key.endswith((".parquet", "manifest.json"))}
+    finished = {key for key in before if "-n-cnn-" in key and key.endswith(("model.safetensors", "model.json"))}
+    assert len(data) == 16  # a shard and a manifest of each split
+    assert len(finished) == 3  # the best checkpoint among them
+    assert {key: after[key] for key in data | finished} == {key: before[key] for key in data | finished}
+    assert facts_of(lines)["report"].removeprefix("s3://") in after
 
-    assert client.get_job_status(second) == JobStatus.SUCCEEDED, client.get_job_logs(second)
-    assert {path: path.stat().st_mtime_ns for path in made} == made
-    facts = json.loads(client.get_job_logs(second).splitlines()[-1])
-    assert Path(facts["report"]).exists()
+
+@pytest.mark.slow
+def test_a_job_survives_its_node_and_finds_nothing_to_do_when_it_is_submitted_again(three_nodes, work):
+    """Spot nodes go in the night. The training that ran there goes on elsewhere, and nothing is made twice."""
+    epochs = {f"{network}.training.num_epochs": 60 for network in ("n_cnn", "alpha_cnn")}
+    folder = work(**{"num_images.train": 2000}, **epochs)
+    command = ("jobs/reproduce.py", "tiny.json", "--to", f"s3://{three_nodes.bucket}/survived")
+    with three_nodes.submitted(folder, *command) as job:
+        read_until(job, " 3 of 60 ")
+        (lost,) = (
+            node for node in three_nodes.nodes()
+            if any("TrainWorker" in title(pid) for pid in descendants(node))
+        )  # fmt: skip
+        os.kill(lost, signal.SIGKILL)
+        rest, _ = job.communicate(timeout=400)
+    assert job.returncode == 0, rest
+    assert len(three_nodes.nodes()) == 1
+    first, before = facts_of(rest.splitlines()), three_nodes.made("survived")
+
+    status, lines = three_nodes.finished(folder, *command)
+
+    assert status == 0, lines
+    assert three_nodes.made("survived") == before
+    assert facts_of(lines)["metrics"] == first["metrics"]
+
+
+@pytest.mark.slow
+def test_each_job_submitted_again_finds_its_work_done(one_node, work):
+    """One after the other, as the stages of an experiment; each of them twice."""
+    folder = work()
+    root = f"s3://{one_node.bucket}/stages"
+
+    def made() -> dict[str, str]:
+        """What the stages have made; the record of a campaign counts the calls as well."""
+        ours = ("campaign.json", "campaign/report.html")
+        return {key: when for key, when in one_node.made("stages").items() if not key.endswith(ours)}
+
+    def twice(*command: str) -> dict:
+        status, lines = one_node.finished(folder, *command)
+        assert status == 0, lines
+        before = made()
+        status, again = one_node.finished(folder, *command)
+        assert status == 0, again
+        assert made() == before
+        return facts_of(again)
+
+    data = twice("jobs/simulate.py", "tiny.json", "--to", f"{root}/data")["dataset"]
+    twice("jobs/train.py", "n-cnn", "--data", data, "--to", f"{root}/n-cnn", "--recipe", "tiny.json")
+    told = twice(
+        "jobs/tune.py", "space.json", "--data", data, "--to", f"{root}/campaign", "--searcher", "random",
+        "--num-trials", "2",
+    )  # fmt: skip
+
+    assert (told["campaign"], told["num_trials"]) == (f"{root}/campaign", 2)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +96,19 @@ def test_resumed_training_equals_uninterrupted_training(whole, data, tmp_path, r
 
     losses = [(record["train_loss"], record["validation_loss"]) for record in history(run)]
     assert losses == [(record["train_loss"], record["validation_loss"]) for record in history(whole)]
+
+
+def test_a_run_that_has_ended_is_resumed_by_leaving_it_alone(whole, data):
+    """A job that is submitted again must neither wait for nodes nor touch what others read."""
+    before = {path: path.stat().st_mtime_ns for path in Path(whole).rglob("*")}
+    network = NETWORK.override({"training.num_epochs": 4})
+
+    again = train.train("n-cnn", network, whole, data=data, recipe="tiny", resume=True, num_workers=64)
+
+    assert {path: path.stat().st_mtime_ns for path in Path(whole).rglob("*")} == before
+    card = models.read_card(whole, "n-cnn")
+    assert (again.epoch, again.validation_loss, again.num_epochs) == (card.epoch, card.metrics["validation_loss"], 4)
+    assert again.cpu_seconds == again.images_per_second == 0
 
 
 def test_a_run_trains_in_the_precision_that_it_is_told(whole, data, tmp_path, ray_cluster):
