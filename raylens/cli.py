@@ -655,11 +655,8 @@ def _explanation(error: BaseException) -> str:
     while link is not None and link not in chain:
         chain.append(link)
         # What fails in a worker or in what directs them arrives wrapped, and says under one of these what it was.
-        failures = getattr(link, "worker_failures", None)
-        directing = getattr(link, "controller_failure", None)
-        link = (
-            next(iter(failures.values())) if failures else getattr(link, "cause", None) or directing or link.__cause__
-        )
+        failures = [*getattr(link, "worker_failures", {}).values(), getattr(link, "controller_failure", None)]
+        link = failures[0] or getattr(link, "cause", None) or link.__cause__
     for link in chain:
         # What wraps another may be of that one's type too, but its text is a traceback.
         wraps = any(hasattr(link, name) for name in ("cause", "worker_failures", "controller_failure"))

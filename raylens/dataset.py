@@ -43,7 +43,7 @@ class Plan(Settings):
     split: Annotated[str, AfterValidator(check_split)]
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
     simulator_version: int
-    shard_size: Annotated[int, Field(ge=1)]
+    shard_size: Annotated[int, Field(ge=1, le=1_000_000)]  # of those of 60 x 60 pixels, 15 GB
     num_images: Annotated[int, Field(ge=1)]
     versions: dict[str, str]  # of the software that began it
     simulation: Simulation

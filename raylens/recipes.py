@@ -165,6 +165,8 @@ def _from_dataset(plan: str) -> Experiment:
         return experiment.override({f"num_images.{NumImages.field_of(values['split'])}": values["num_images"]})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{plan} is not a dataset's: it lacks {error}.") from None
+    except ValueError as error:
+        raise ValueError(f"{plan} is not a dataset's: {error}") from None
 
 
 def _from_file(uri: str) -> Experiment:

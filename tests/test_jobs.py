@@ -16,7 +16,7 @@ from pathlib import Path
 import local
 import pytest
 import s3fs
-from raylets import descendants, title
+from raylets import descendants, is_loopback, listening, title
 from test_reproduce import TINY
 
 from raylens.config import Experiment
@@ -32,7 +32,9 @@ class Cluster:
 
     environment: dict[str, str]
     bucket: str
+    pid: int  # of the process that holds the head
     nodes: Callable[[], list[int]]  # the raylets of the nodes that work
+    folder: Path  # where Ray writes its logs
 
     def ask(self, *words: str) -> str:
         """What a `ray` command says."""
@@ -145,7 +147,7 @@ def started(folder: Path, *, head_cpus: int, workers: int = 0, **environment: st
             return [pid for node in working for pid in descendants(node.pid) if "raylet/raylet" in title(pid)]
 
         wait(lambda: len(raylets()) == max(workers, 1))
-        yield Cluster(user, "bucket", raylets)
+        yield Cluster(user, "bucket", nodes[0].pid, raylets, Path(temporary))
 
 
 @contextmanager
@@ -164,8 +166,8 @@ def brought_up(folder: Path) -> Iterator[Cluster]:
         keeper, _ = json.loads((folder / "processes.json").read_text())["keeper"]
         # A node without CPUs is the head, whose raylet was started first.
         yield Cluster(
-            json.loads(told.stdout), local.BUCKET,
-            lambda: sorted(pid for pid in descendants(keeper) if "raylet/raylet" in title(pid))[1:],
+            json.loads(told.stdout), local.BUCKET, keeper,
+            lambda: sorted(pid for pid in descendants(keeper) if "raylet/raylet" in title(pid))[1:], folder,
         )  # fmt: skip
     finally:
         subprocess.run([sys.executable, local.__file__, "down", f"--folder={folder}"], check=True)
@@ -232,6 +234,19 @@ def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(one_node, wor
     assert len(finished) == 3  # the best checkpoint among them
     assert {key: after[key] for key in data | finished} == {key: before[key] for key in data | finished}
     assert facts_of(lines)["report"].removeprefix("s3://") in after
+    token = Path(one_node.environment["RAY_AUTH_TOKEN_PATH"]).read_bytes()
+    logs = [path.read_bytes() for path in one_node.folder.rglob("*") if path.is_file()] + ["\n".join(lines).encode()]
+    for secret in (token, one_node.environment["AWS_SECRET_ACCESS_KEY"].encode()):
+        assert not any(secret in log for log in logs)
+    assert any(b"jobs/reproduce.py" in log for log in logs)  # the search finds what is there
+
+
+def test_a_head_alone_listens_on_loopback_only(one_node):
+    """As the how-to for a workstation says, whose colleagues share its network."""
+    found = listening(one_node.pid)
+
+    assert len(found) > 5, found
+    assert {address: who for address, who in found.items() if not is_loopback(address)} == {}
 
 
 @pytest.mark.slow
