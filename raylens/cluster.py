@@ -11,10 +11,12 @@ import logging
 import math
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import ray
 import ray.data
+import ray.util.metrics
 
 from raylens import storage
 
@@ -29,6 +31,23 @@ _KEEP_MEMORY = {
 _LOOPBACK = "127.0.0.1"
 
 SIMULATE = "raylens.simulate"  # the label of a node that says whether it simulates
+
+# What the metrics of the cluster say of a run while it goes on, under `ray_raylens_...` and with its `place`.
+METRICS = {
+    "shards_planned": "shards of the dataset that is being made",
+    "shards_done": "shards of it that stand",
+    "images_made": "images simulated by this run",
+    "images_found": "images of it that stood before",
+    "epoch": "epochs trained",
+    "train_images_per_second": "images trained on in a second of the last epoch, by all workers together",
+    "train_waiting": "share of the last epoch in which the workers waited for images",
+    "validation_loss": "of the last epoch",
+    "trials_planned": "trials of the campaign",
+    "trials_ended": "trials of it that have ended",
+    "trials_failed": "trials of it that could not be trained",
+    "best_metric": "of all epochs of all trials so far",
+    "images_predicted": "images predicted by this run",
+}
 
 # Of what users of clusters mount on all nodes, as the kernel names it.
 _SHARED_FILE_SYSTEMS = {
@@ -146,6 +165,17 @@ def where_to_simulate() -> dict[str, str] | None:
             "a node started with --labels %s=yes would do.", SIMULATE,
         )  # fmt: skip
     return {SIMULATE: "!no", "ray.io/node-id": f"!in({','.join(kept_off)})"}
+
+
+def publish(place: str, **values: float) -> None:
+    """Say in the metrics of the cluster how far the run that makes a place is: values of METRICS."""
+    for name, value in values.items():
+        _gauge(name).set(value, {"place": place})
+
+
+@cache
+def _gauge(name: str) -> ray.util.metrics.Gauge:
+    return ray.util.metrics.Gauge(f"raylens_{name}", METRICS[name], ("place",))
 
 
 def _simulates(node: dict[str, Any]) -> bool:

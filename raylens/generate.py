@@ -95,6 +95,13 @@ def simulate(
         assert isinstance(task, pa.Table)
         for facts in task.to_pylist():
             made_here.add(facts)
+        cluster.publish(
+            uri,
+            shards_planned=plan.num_shards,
+            shards_done=len(made_here.entries),
+            images_made=made_here.num_images_made,
+            images_found=made_here.num_images - made_here.num_images_made,
+        )
         progress(made_here.num_images, plan.num_images, f"{len(made_here.entries)} of {plan.num_shards} shards")
     last = time.perf_counter()
     entries = [made_here.entries[dataset.shard_name(number)] for number in range(plan.num_shards)]

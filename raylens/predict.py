@@ -108,6 +108,7 @@ def predict(
     def tell(num_files: int, num_new: int) -> None:
         nonlocal num_done
         num_done += num_new
+        cluster.publish(to, images_predicted=num_done)
         progress(num_files, len(files), f"{num_done:,} images")
 
     table, cpu_seconds = _gather(len(files), predicted, tell)

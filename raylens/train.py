@@ -386,6 +386,13 @@ def _following(run: str, progress: Progress) -> Iterator[None]:
             last = stop.wait(1.0)
             history = _history(run)
             for record in history[num_seen:]:
+                cluster.publish(
+                    run,
+                    epoch=record["epoch"],
+                    train_images_per_second=record["images_per_second"],
+                    train_waiting=record["waiting"],
+                    validation_loss=record["validation_loss"],
+                )
                 progress(record)
             num_seen = max(num_seen, len(history))
 

@@ -512,7 +512,7 @@ class _Watch(ray.tune.Callback):
                 self.board.add(self.trials[known.id], record)
         if "failed" in result:
             self._change(known, status="failed", reason=result["failed"])
-        self.progress(self.record)
+        self._tell()
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         known = self.trials[str(trial)]
@@ -530,6 +530,18 @@ class _Watch(ray.tune.Callback):
         self._update()
         self._write()
         self.board.close()
+        self._tell()
+
+    def _tell(self) -> None:
+        statuses = [trial.status for trial in self.trials.values()]
+        cluster.publish(
+            self.campaign,
+            trials_planned=self.record.num_trials,
+            trials_ended=len(statuses) - statuses.count("running"),
+            trials_failed=statuses.count("failed"),
+        )
+        if self.record.best is not None and self.record.best.metric is not None:
+            cluster.publish(self.campaign, best_metric=self.record.best.metric)
         self.progress(self.record)
 
     def _end(self, name: str) -> None:
@@ -540,7 +552,7 @@ class _Watch(ray.tune.Callback):
         # Nobody will go on from there.
         storage.remove(storage.join(campaigns.folder(self.campaign, name), CHECKPOINT))
         self.board.end(trial)
-        self.progress(self.record)
+        self._tell()
 
     def _change(self, trial: Tried, **values: Any) -> None:
         self.trials[trial.id] = trial.model_copy(update=values)
