@@ -18,6 +18,7 @@ from typing import Any
 
 import local
 import pytest
+import ray
 from typer.main import get_command
 
 from raylens import cli, config, recipes, search
@@ -325,8 +326,11 @@ def tutorial() -> list[tuple[str, str, str]]:
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory) -> tuple[Path, list[str]]:
-    """A folder in which the tutorial's commands have been run, in order and in one shell, and what each block said."""
+def walked(tmp_path_factory, ray_cluster) -> tuple[Path, list[str]]:
+    """A folder in which the tutorial's commands have been run, in order and in one shell, and what each block said.
+
+    By the Ray of these tests: a reader's commands start one each, which takes longer than all else.
+    """
     folder = tmp_path_factory.mktemp("tutorial")
     steps = [f"{{\n{block}\n}} > {folder}/{number}.out" for number, (block, *_) in enumerate(tutorial())]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -336,7 +340,7 @@ def walked(tmp_path_factory) -> tuple[Path, list[str]]:
         cwd=folder,
         capture_output=True,
         text=True,
-        env=os.environ | {"PATH": path},
+        env=os.environ | {"PATH": path, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
     )
     assert done.returncode == 0, done.stderr
     return folder, [(folder / f"{number}.out").read_text() for number in range(len(steps))]
