@@ -95,7 +95,8 @@ def from_root(name: str) -> str:
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     cells = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "&#124;") or " " for cell in row) + " |" for row in cells)
+    lines = ["| " + " | ".join(cell.replace("|", "&#124;") or " " for cell in row) + " |" for row in cells]
+    return "\n".join(['<div class="keys" markdown>', "", *lines, "", "</div>"])
 
 
 def code(value: Any) -> str:
@@ -350,11 +351,11 @@ def list_of_recipes() -> str:
         rows = [[code(key), code(before), code(after)] for key, (before, after) in changed.items() if key != "name"]
         parts += [f"## {name}", recipe.__doc__ or "", f"Digest `{experiment.simulation.digest}`."]
         parts += [table(["key", "`paper-fixed`", f"`{name}`"], rows)] if rows else []
-    parts += ["# Search spaces", "For `raylens tune`; `raylens tune NAME --print-space` prints one in full."]
+    parts += ["## Search spaces", "For `raylens tune`; `raylens tune NAME --print-space` prints one in full."]
     for name, space in search.SPACES.items():
         found = space()
         rows = [[code(key), ", ".join(map(code, values))] for key, values in found.values.items()]
-        parts += [f"## Space {name}", space.__doc__ or ""]
+        parts += [f"### Space {name}", space.__doc__ or ""]
         parts.append(
             f"The {found.network}, by `{found.metric}`, from {found.epochs[0]} to {found.epochs[1]} epochs; "
             f"what is not searched is that of `{found.recipe}`."
