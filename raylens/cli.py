@@ -475,7 +475,7 @@ def doctor(
 
     findings = practice.examine(place)
     for finding in findings:
-        _say(f"{'ok ' if finding.fine else 'BAD'}  {finding.name:11} {finding.detail}")
+        _say(f"{'ok ' if finding.fine else 'BAD'}  {finding.name:15}{finding.detail}")
     _finish(**{finding.name: {"fine": finding.fine, "detail": finding.detail} for finding in findings})
     bad = [finding for finding in findings if not finding.fine]
     return _fail(f"{bad[0].name}: {bad[0].detail}") if bad else 0

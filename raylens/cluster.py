@@ -10,13 +10,20 @@ from __future__ import annotations
 import logging
 import math
 import os
+import platform
+import socket
+import time
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import ray
 import ray.data
 import ray.util.metrics
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylens import storage
 
@@ -29,6 +36,7 @@ _KEEP_MEMORY = {
 }
 
 _LOOPBACK = "127.0.0.1"
+_SECONDS_TO_ANSWER = 120  # of a node: it starts a process and imports torch, which a slow disk makes long
 
 SIMULATE = "raylens.simulate"  # the label of a node that says whether it simulates
 
@@ -83,6 +91,7 @@ def connect() -> Resources:
         }
         try:
             if address:
+                _require_answer(address)
                 ray.init(address=address, **options)
             else:
                 ray.init(address="local", include_dashboard=False, _node_ip_address=_LOOPBACK, **options)
@@ -102,6 +111,92 @@ def connect() -> Resources:
         num_gpus=int(held.get("GPU", 0)),
         memory=int(held.get("memory", 0)),
     )
+
+
+def _require_answer(address: str) -> None:
+    """Fail where nobody listens at host:port, in seconds; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" not in host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(error.strerror or str(error)) from None
+
+
+def answer_to_strangers() -> int | None:
+    """Return the HTTP status of the cluster's jobs for who shows no token; None where the dashboard is out of reach."""
+    url = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url
+    if not url:
+        return None
+    try:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"http://{url}/api/jobs/", timeout=5) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node says of itself."""
+
+    address: str
+    resources: dict[str, float]  # as Ray counts them
+    simulates: bool
+    versions: dict[str, str]  # of Python and the packages asked for
+    num_gpus: int  # that torch sees
+    seconds_ahead: float  # of this process's clock, or behind if negative; 0 where that cannot be told apart
+    fault: str | None  # why it cannot write a place
+
+
+def survey(packages: tuple[str, ...], place: str | None) -> list[Node]:
+    """Ask each node what it has, and whether it can write a place; at once, and whatever else they do."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    selected = where_to_simulate()
+
+    def ask(what: Any, node: dict[str, Any], *arguments: Any) -> ray.ObjectRef:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        return what.options(scheduling_strategy=there).remote(*arguments)
+
+    said = ray.get([ask(_say, node, packages, place) for node in alive], timeout=_SECONDS_TO_ANSWER)
+    found = []
+    for node, (versions, num_gpus, fault) in zip(alive, said, strict=True):
+        before = time.time()  # a process waits there by now, so that it answers at once
+        told, after = ray.get(ask(_clock, node), timeout=_SECONDS_TO_ANSWER), time.time()
+        found.append(
+            Node(
+                address=node["NodeManagerAddress"],
+                resources=node["Resources"],
+                simulates=selected is None or _simulates(node),
+                versions=versions,
+                num_gpus=num_gpus,
+                seconds_ahead=max(told - after, 0.0) + min(told - before, 0.0),
+                fault=fault,
+            )
+        )
+    return found
+
+
+@ray.remote(num_cpus=0)
+def _say(packages: tuple[str, ...], place: str | None) -> tuple[dict[str, str], int, str | None]:
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # of a task that asks for no GPU Ray hides them
+    import torch
+
+    fault = None
+    if place is not None:
+        try:
+            storage.check_writable(place)
+        except (OSError, ValueError) as error:
+            fault = str(error)
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return versions, torch.cuda.device_count(), fault
+
+
+@ray.remote(num_cpus=0)
+def _clock() -> float:
+    return time.time()
 
 
 def require_shared(uri: str) -> None:

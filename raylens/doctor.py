@@ -10,9 +10,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from raylens.config import Experiment
+
+if TYPE_CHECKING:
+    from raylens.cluster import Node
+
+# What decides a dataset's bytes or is spoken between the nodes.
+_PACKAGES = ("raylens", "ray", "torch", "numpy", "numba", "astropy", "lenstronomy", "pyarrow", "s3fs")
+_SECONDS_APART = 60.0  # between clocks; S3 refuses requests that are a quarter of an hour old
 
 
 class Finding(NamedTuple):
@@ -25,21 +32,34 @@ class Finding(NamedTuple):
 
 def examine(place: str | None = None) -> list[Finding]:
     """Return what was found, in the order in which a run would meet it; with a place, whether it can be written."""
-    checks: dict[str, Callable[[], str]] = {
-        "machine": _machine,
-        "packages": _packages,
-        "torch": _torch,
-        "simulation": _simulation,
-        "storage": lambda: _storage(place),
-        "Ray": _ray,
-    }
-    findings = []
-    for name, check in checks.items():
-        try:
-            findings.append(Finding(name, True, check()))
-        except Exception as error:  # whatever is wrong is what the doctor is there to tell
-            findings.append(Finding(name, False, str(error).splitlines()[0] if str(error) else type(error).__name__))
+    findings = [
+        _try("machine", _machine),
+        _try("packages", _packages),
+        _try("torch", _torch),
+        _try("simulation", _simulation),
+        _try("storage", lambda: _storage(place)),
+        _try("Ray", _ray),
+    ]
+    if not findings[-1].fine:
+        return findings
+    nodes: list[Node] = []
+    findings += [_try("authentication", _authentication), _try("nodes", lambda: _nodes(nodes, place))]
+    if nodes:
+        findings += [
+            _try("versions", lambda: _versions(nodes)),
+            _try("writing", lambda: _writing(nodes, place)),
+            _try("GPUs", lambda: _gpus(nodes)),
+            _try("data", lambda: _data(nodes)),
+            _try("clocks", lambda: _clocks(nodes)),
+        ]
     return findings
+
+
+def _try(name: str, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, True, check())
+    except Exception as error:  # whatever is wrong is what the doctor is there to tell
+        return Finding(name, False, str(error).splitlines()[0] if str(error) else type(error).__name__)
 
 
 def _machine() -> str:
@@ -53,8 +73,7 @@ def _machine() -> str:
 
 
 def _packages() -> str:
-    names = ("raylens", "ray", "torch", "numpy", "numba", "astropy", "lenstronomy", "pyarrow", "s3fs")
-    return ", ".join(f"{name} {version(name)}" for name in names)
+    return ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
 
 
 def _torch() -> str:
@@ -90,3 +109,77 @@ def _ray() -> str:
     held = cluster.connect()
     where = os.environ.get("RAY_ADDRESS") or "a local cluster, started for this check"
     return f"{where}: {held.num_nodes} nodes, {held.num_cpus} CPUs, {held.num_gpus} GPUs"
+
+
+def _authentication() -> str:
+    """Whether a stranger could submit a job."""
+    from raylens import cluster
+
+    answer = cluster.answer_to_strangers()
+    if answer is None:
+        return "no job can be submitted here" if "RAY_ADDRESS" not in os.environ else "out of reach from here"
+    if answer != 401:
+        raise PermissionError(
+            f"whoever reaches the dashboard may submit jobs (HTTP {answer} without a token); "
+            "start the cluster with RAY_AUTH_MODE=token."
+        )
+    return "closed to those without the token"
+
+
+def _nodes(found: list[Node], place: str | None) -> str:
+    from raylens import cluster, storage
+
+    found += cluster.survey(_PACKAGES, None if place is None else storage.absolute(place))
+    return f"{len(found)} answered: {', '.join(sorted({node.address for node in found}))}"
+
+
+def _versions(nodes: list[Node]) -> str:
+    here = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    for node in nodes:
+        for name, there in node.versions.items():
+            if _release(there) != _release(here[name]):
+                raise ValueError(
+                    f"{node.address} has {name} {there}, and this process {here[name]}; "
+                    "start all nodes from one image, or install what constraints.txt names on each."
+                )
+    return "the same on all nodes"
+
+
+def _release(version: str) -> str:
+    """Return a version without what it was built for: torch for CPUs and for CUDA work together."""
+    return version.partition("+")[0]
+
+
+def _writing(nodes: list[Node], place: str | None) -> str:
+    for node in nodes:
+        if node.fault is not None:
+            raise OSError(f"{node.address} cannot write there: {node.fault}")
+    return "not tried without a place" if place is None else f"{place} can be written from all nodes"
+
+
+def _gpus(nodes: list[Node]) -> str:
+    for node in nodes:
+        if (counted := int(node.resources.get("GPU", 0))) > node.num_gpus:
+            raise ValueError(
+                f"on {node.address} Ray counts {counted} GPUs, and torch sees {node.num_gpus}; "
+                "look at the driver, and whether the image has torch for CUDA."
+            )
+    num = sum(node.num_gpus for node in nodes if node.resources.get("GPU"))
+    return f"torch sees all {num} that Ray counts" if num else "Ray counts none"
+
+
+def _data(nodes: list[Node]) -> str:
+    there = [node for node in nodes if node.simulates and node.resources.get("CPU", 0) >= 1]
+    if not there:
+        return "no node simulates now, as the head and those with GPUs are kept for other work; one has to join"
+    return f"{sum(int(node.resources['CPU']) for node in there)} CPUs on {len(there)} nodes simulate"
+
+
+def _clocks(nodes: list[Node]) -> str:
+    worst = max(nodes, key=lambda node: abs(node.seconds_ahead))
+    if abs(worst.seconds_ahead) > _SECONDS_APART:
+        raise ValueError(
+            f"that of {worst.address} is {worst.seconds_ahead:+,.0f} s from this one; synchronise it, "
+            "or S3 refuses what it asks for and times in the records mean nothing."
+        )
+    return f"within {max(abs(worst.seconds_ahead), 1):.0f} s of each other"

@@ -71,6 +71,18 @@ def test_the_command_says_how_to_use_what_it_started(cluster):
     assert told.stdout.splitlines()[-1:] == [f"[0, {float(len(os.sched_getaffinity(0)))}]"], told
 
 
+def test_the_doctor_finds_nothing_wrong_with_it(cluster):
+    """Who tries things out here should be told when the real cluster is otherwise."""
+    told = in_shell(cluster.folder, f"'{sys.executable}' -m raylens doctor s3://raylens/data")
+
+    assert told.returncode == 0, told.stderr
+    facts = json.loads(told.stdout.splitlines()[-1])
+    assert facts["nodes"]["detail"].startswith("2 answered")
+    assert facts["authentication"]["detail"] == "closed to those without the token"
+    assert facts["writing"]["detail"] == "s3://raylens/data can be written from all nodes"
+    assert facts["data"]["detail"] == f"{len(os.sched_getaffinity(0))} CPUs on 1 nodes simulate"
+
+
 def test_nothing_listens_beyond_loopback(cluster):
     """All ports of the nodes, of their workers, and of the server with all that stands behind it."""
     for pid in cluster.pids.values():
