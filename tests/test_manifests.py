@@ -1,0 +1,277 @@
+"""The manifests for Kubernetes: what KubeRay's schemas hold, and what they do not."""
+
+import copy
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from raylens import __version__
+
+ROOT = Path(__file__).parents[1]
+KUBERAY = ROOT / "cluster" / "kuberay"
+SCHEMAS = ROOT.parent / "shared" / "kuberay"
+DRAIN_SECONDS = 30  # Ray's RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
+JOBS = sorted((KUBERAY / "jobs").glob("*.yaml"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.fixture
+def cluster() -> dict[str, Any]:
+    return read(KUBERAY / "base" / "raycluster.yaml")
+
+
+@pytest.fixture(scope="module")
+def rendered() -> list[dict[str, Any]]:
+    """What the example's overlay makes of the base."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl, which brings kustomize, is not installed; the files of the base are checked without")
+    overlay = KUBERAY / "overlays" / "example"
+    made = subprocess.run(["kubectl", "kustomize", overlay], capture_output=True, text=True, check=True)
+    return list(yaml.safe_load_all(made.stdout))
+
+
+def groups(cluster: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    spec = cluster["spec"]
+    return {"head": spec["headGroupSpec"]} | {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+
+
+def pods(cluster: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: group["template"]["spec"] for name, group in groups(cluster).items()}
+
+
+def amount(quantity: str) -> float:
+    """A number of CPUs or bytes as Kubernetes writes it."""
+    value, unit = re.fullmatch(r"([\d.]+)(\D*)", str(quantity)).groups()
+    return float(value) * {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}[unit]
+
+
+def faults(cluster: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a RayCluster that the schema lets pass."""
+    spec = cluster["spec"]
+    name = cluster["metadata"]["name"]
+    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > 50:
+        yield "name: of its Services and pods it is the beginning, and those have 63 letters at most"
+    if f"ray=={spec.get('rayVersion')}" not in (ROOT / "constraints.txt").read_text().replace("[", " ").split():
+        yield "rayVersion: not the one that is pinned"
+    if spec.get("authOptions", {}).get("mode") != "token":
+        yield "authOptions: whoever reaches it may submit"
+    if not spec.get("enableInTreeAutoscaling"):
+        yield "autoscaling: off"
+    if spec["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
+        yield "head: takes work"
+    for group in spec["workerGroupSpecs"]:
+        if not 0 <= group["minReplicas"] <= group.get("replicas", group["minReplicas"]) <= group["maxReplicas"]:
+            yield f"{group['groupName']}: minReplicas <= replicas <= maxReplicas"
+        if group["template"]["spec"].get("restartPolicy") != "Never":
+            yield f"{group['groupName']}: a worker that restarts in its pod is a node that Ray does not know"
+    for group, pod in pods(cluster).items():
+        yield from (f"{group}: {fault}" for fault in pod_faults(group, pod, groups(cluster)[group]["template"]))
+
+
+def pod_faults(group: str, pod: dict[str, Any], template: dict[str, Any]) -> Iterator[str]:
+    on_spot = pod.get("nodeSelector", {}).get("raylens/spot") == "true"
+    if on_spot != (group == "simulate"):
+        yield "spot is for simulation alone"
+    if not on_spot and "raylens/spot" not in json.dumps(pod.get("affinity", {})):
+        yield "nothing keeps it off spot nodes"
+    if pod.get("terminationGracePeriodSeconds", 30) <= DRAIN_SECONDS:
+        yield "it is killed while Ray drains it"
+    context = pod.get("securityContext", {})
+    if not (context.get("runAsNonRoot") and context.get("seccompProfile") == {"type": "RuntimeDefault"}):
+        yield "securityContext of the pod"
+    volumes = {volume["name"] for volume in pod.get("volumes", [])}
+    node = {key.removeprefix("raylens/node-"): amount(value)
+            for key, value in template["metadata"]["annotations"].items()}  # fmt: skip
+    for container in pod["containers"]:
+        confined = container.get("securityContext", {})
+        if confined.get("allowPrivilegeEscalation") is not False or confined.get("capabilities") != {"drop": ["ALL"]}:
+            yield "securityContext of the container"
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            if "local_raylet_healthz" not in json.dumps(container.get(probe, {})):
+                yield f"no {probe}"
+        requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+        for kind, key in (("cpu", "cpu"), ("memory", "memory"), ("gpu", "nvidia.com/gpu")):
+            asked = amount(requests.get(key, "0"))
+            if asked > node.get(kind, 0) * (1 if kind == "gpu" else 0.95):
+                yield f"{key} does not fit the node, with what the system takes"
+            if key in limits and amount(limits[key]) < asked:
+                yield f"limit of {key} below what it asks for"
+        if requests["memory"] != limits.get("memory"):
+            yield "memory without a limit takes that of others"
+        if ("nvidia.com/gpu" in limits) != (group == "train"):
+            yield "GPUs are for training alone"
+        for variable in container.get("env", []):
+            if re.search("SECRET|TOKEN|PASSWORD|KEY", variable["name"]) and "value" in variable:
+                yield f"a secret in the manifest: {variable['name']}"
+        if missing := {mount["name"] for mount in container.get("volumeMounts", [])} - volumes:
+            yield f"volumes that are not there: {missing}"
+
+
+def test_the_cluster_is_as_it_should_be(cluster, rendered):
+    """As it stands, and as the example's overlay makes it."""
+    (made,) = (manifest for manifest in rendered if manifest["kind"] == "RayCluster")
+
+    assert list(faults(cluster)) == []
+    assert list(faults(made)) == []
+
+
+HEAD = ["spec", "headGroupSpec", "template", "spec"]
+SIMULATE = ["spec", "workerGroupSpecs", 0]
+TRAIN = ["spec", "workerGroupSpecs", 1]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "fault"),
+    [
+        (["metadata", "name"], "x" * 51, "name"),
+        (["metadata", "name"], "Raylens", "name"),
+        (["spec", "rayVersion"], "2.59.0", "rayVersion"),
+        (["spec", "authOptions"], {}, "authOptions"),
+        (["spec", "headGroupSpec", "rayStartParams"], {}, "head: takes work"),
+        ([*SIMULATE, "maxReplicas"], -1, "minReplicas"),
+        ([*TRAIN, "template", "spec", "restartPolicy"], "Always", "restarts in its pod"),
+        ([*TRAIN, "template", "spec", "nodeSelector"], {"raylens/spot": "true"}, "spot is for simulation"),
+        ([*HEAD, "affinity"], {}, "off spot"),
+        ([*HEAD, "terminationGracePeriodSeconds"], 30, "killed while"),
+        ([*HEAD, "securityContext", "runAsNonRoot"], False, "securityContext"),
+        ([*HEAD, "containers", 0, "securityContext"], {}, "securityContext"),
+        ([*HEAD, "containers", 0, "livenessProbe"], {}, "no livenessProbe"),
+        ([*HEAD, "containers", 0, "resources", "requests", "cpu"], "4", "does not fit"),
+        ([*SIMULATE, "template", "spec", "containers", 0, "resources", "requests", "memory"], "32Gi", "does not fit"),
+        ([*TRAIN, "template", "spec", "containers", 0, "resources", "limits", "nvidia.com/gpu"], "0", "below"),
+        ([*HEAD, "containers", 0, "env"], [{"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}], "a secret"),
+        ([*HEAD, "volumes"], [], "volumes that are not there"),
+    ],
+    ids=lambda value: "" if isinstance(value, list) else str(value)[:20],
+)  # fmt: skip
+def test_the_rules_see_what_breaks_them(cluster, place, value, fault):
+    """A rule that lets all pass holds nothing."""
+    broken = copy.deepcopy(cluster)  # anchors make parts of it the same
+    broken = json.loads(json.dumps(broken))
+    *way, last = place
+    at = broken
+    for key in way:
+        at = at[key]
+    at[last] = value
+
+    assert any(fault in found for found in faults(broken)), list(faults(broken))
+
+
+@pytest.fixture
+def validate() -> Callable[[dict[str, Any]], None]:
+    """Check a manifest against the schema of its kind."""
+    if not SCHEMAS.is_dir():
+        pytest.skip("KubeRay's CRD schemas are not at hand (shared/kuberay beside the repository)")
+
+    def check(manifest: dict[str, Any]) -> None:
+        jsonschema.validate(manifest, json.loads((SCHEMAS / f"{manifest['kind'].lower()}.schema.json").read_text()))
+
+    return check
+
+
+def test_kuberays_schemas_know_every_key(validate, cluster, rendered):
+    """A key that is misspelt is dropped without a word, and what it protects with it."""
+    manifests = [cluster, *map(read, JOBS), *(one for one in rendered if one["kind"] == "RayCluster")]
+    for manifest in manifests:
+        validate(manifest)
+
+    assert len(manifests) == 6
+    cluster["spec"]["authOption"] = cluster["spec"].pop("authOptions")
+    with pytest.raises(jsonschema.ValidationError, match="authOption"):
+        validate(cluster)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_a_job_runs_what_is_in_the_image_on_the_cluster_that_stands(path, cluster):
+    """Its command line is understood, and needs nothing but what the cluster's pods have."""
+    from typer.main import get_command
+
+    from raylens.cli import app
+
+    job = read(path)
+    python, script, *words = shlex.split(job["spec"]["entrypoint"])
+
+    assert job["metadata"]["name"] == path.stem
+    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+    assert job["spec"]["submissionMode"] == "HTTPMode"  # else a pod that the network policy does not know submits
+    assert "submitterPodTemplate" not in job["spec"]
+    assert python == "python"
+    assert (ROOT / "jobs" / Path(script).name).exists()
+    assert Path(script).parent == Path("/home/ray/jobs")
+    assert Path(script).stem == path.stem
+    verb = get_command(app).commands[path.stem]
+    with verb.make_context(path.stem, words) as context:
+        assert "$RAYLENS_ROOT/" in str(context.params)
+    data = next((word for word in words if "paper-fixed-train-" in word), "")
+    assert data.endswith(f"-{digest_of('paper-fixed')}") or not data
+
+
+def digest_of(recipe: str) -> str:
+    from raylens import recipes
+
+    return recipes.load(recipe).simulation.digest
+
+
+def test_the_overlay_sets_all_that_is_ones_own(rendered):
+    """Image, bucket, role and sizes in one file, and nothing left of what stood there before."""
+    by_kind = {manifest["kind"]: manifest for manifest in rendered}
+    cluster = by_kind["RayCluster"]
+    images = {name: pod["containers"][0]["image"] for name, pod in pods(cluster).items()}
+
+    assert by_kind.keys() == {"ServiceAccount", "ConfigMap", "NetworkPolicy", "RayCluster"}
+    assert images["head"] == images["simulate"]
+    assert {image.rpartition(":")[2] for image in images.values()} == {__version__}
+    assert by_kind["ConfigMap"]["data"]["RAYLENS_ROOT"].startswith("s3://")
+    assert {manifest["metadata"]["namespace"] for manifest in rendered} == {"raylens"}
+    for pod in pods(cluster).values():
+        assert pod["serviceAccountName"] == by_kind["ServiceAccount"]["metadata"]["name"]
+        config, secret = pod["containers"][0]["envFrom"]
+        assert config["configMapRef"]["name"] == by_kind["ConfigMap"]["metadata"]["name"]
+        assert secret["secretRef"]["optional"] is True
+    assert "Secret" not in by_kind  # it is made by hand, and in no file
+
+
+def test_the_network_policy_lets_in_the_cluster_and_its_operator_alone(cluster):
+    """All ports for its own pods, the dashboard for the operator, nothing for anybody else."""
+    policy = read(KUBERAY / "base" / "networkpolicy.yaml")["spec"]
+    own = {"matchLabels": {"ray.io/cluster": cluster["metadata"]["name"]}}
+    among_themselves, operator = policy["ingress"]
+
+    assert policy["podSelector"] == own
+    assert policy["policyTypes"] == ["Ingress"]
+    assert among_themselves == {"from": [{"podSelector": own}]}
+    assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
+    assert [one["podSelector"]["matchLabels"] for one in operator["from"]] == [
+        {"app.kubernetes.io/component": "kuberay-operator"}
+    ]
+
+
+def test_the_network_policy_of_the_readme_is_one():
+    """Who copies it should let Prometheus in, and nobody else."""
+    (text,) = re.findall(r"```yaml\n(.*?)```", (KUBERAY / "README.md").read_text(), re.DOTALL)
+    policy = yaml.safe_load(text)
+
+    assert policy["kind"] == "NetworkPolicy"
+    assert policy["spec"]["ingress"][0]["ports"] == [{"protocol": "TCP", "port": 8080}]
+
+
+def test_the_dashboard_shows_what_raylens_exports():
+    """A panel of a metric that nobody writes stays empty for ever."""
+    from raylens.cluster import METRICS
+
+    dashboard = json.loads((ROOT / "cluster" / "grafana.json").read_text())
+    told = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+
+    assert set(re.findall(r"ray_raylens_(\w+)", told)) == METRICS.keys()
