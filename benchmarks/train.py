@@ -102,7 +102,7 @@ def run_loop(
     settings = recipes.paper_fixed().n_cnn if network == "n-cnn" else recipes.paper_fixed().alpha_cnn
     cnn = models.CNN(network, settings.model, num_pixels=60, target=UNSCALED, num_subhalos=UNSCALED)  # type: ignore[arg-type]
     if laid_out:
-        learning.on_device(cnn, torch.device("cpu"), settings.training.precision)
+        learning.on_device(cnn, torch.device("cpu"))
     optimizer = learning.optimizer(cnn, settings.training)
     cnn.train()
     data = Dataset.open(uri)

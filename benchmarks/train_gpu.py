@@ -2,8 +2,8 @@
 
 Timed is what a worker of `raylens train` does: `learning.train_epoch` over shuffled batches of images that are kept on
 the device, and a look at the loss every 64 steps, of which the first 64 (captures, compilation) are not counted. Of the
-variants "graph" is what raylens does by default, and "graph,
-bfloat16, channels last" what it does with `training.precision=bfloat16`; the others show what each part is worth.
+variants "graph, channels last" is what raylens does by default, and "graph, bfloat16, channels last" what it does with
+`training.precision=bfloat16`; the others show what each part is worth.
 
 Needs torch, numpy, scipy, pydantic, safetensors, fsspec and pyarrow, and the folder `raylens` on PYTHONPATH; no Ray:
 
@@ -56,7 +56,7 @@ VARIANTS = {
     "graph, bfloat16": Variant(graph=True, precision="bfloat16"),
     "graph, bfloat16, channels last": Variant(graph=True, precision="bfloat16", channels_last=True),
     "compile": Variant(compiled=True),
-    "graph, compile": Variant(graph=True, compiled=True),
+    "graph, channels last, compile": Variant(graph=True, channels_last=True, compiled=True),
     "graph, bfloat16, channels last, compile": Variant(True, "bfloat16", True, True, True),
 }
 

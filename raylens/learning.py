@@ -53,14 +53,11 @@ def compute_with(num_threads: int) -> None:
     torch.set_flush_denormal(True)
 
 
-def on_device(network: CNN, device: torch.device, precision: Precision) -> CNN:
+def on_device(network: CNN, device: torch.device) -> CNN:
     """Return the network where it is trained, and laid out with its channels last where that is faster."""
-    if device.type == "cuda":
-        channels_last = precision == "bfloat16"  # of tensor cores
-    else:
-        # A quarter faster, but where a vector is not full torch's batch normalisation is several times slower.
-        channels_last = all(num % _NUM_LANES == 0 for num in network.num_filters)
-    if channels_last:
+    # On a GPU up to three times. On a CPU by a quarter, but where a vector is not full torch's batch normalisation is
+    # several times slower.
+    if device.type == "cuda" or all(num % _NUM_LANES == 0 for num in network.num_filters):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # documented, not in the stubs
     return network.to(device)
 

@@ -438,7 +438,7 @@ class _Rank:
         self.epoch = share.Epoch(self.card.num_training_images, training.batch_size, self.rank, self.world_size)
 
         torch.manual_seed(training.seed)
-        self.network = learning.on_device(models.build(self.card), self.device, training.precision)
+        self.network = learning.on_device(models.build(self.card), self.device)
         self.steps = learning.optimizer(self.network, training)
         self.position = Position(world_size=self.world_size)
         standing = ray.train.get_checkpoint()

@@ -43,7 +43,7 @@ class Trial:
         self.epoch = share.Epoch(len(train.target_B), card.training.batch_size, rank=0, world_size=1)
         self.device = train.image_BHW.device
         torch.manual_seed(card.training.seed)
-        self.network = learning.on_device(models.build(card), self.device, card.training.precision)
+        self.network = learning.on_device(models.build(card), self.device)
         self.steps = learning.optimizer(self.network, card.training)
         self.position = Position(world_size=1)
         self.take_step = self._step()

@@ -84,7 +84,7 @@ class Trained:
     def __init__(self, device: str, *, graph: bool, training: Training = TRAINING, model: Model = WITH_CHANCE) -> None:
         torch.manual_seed(0)
         self.training, self.device = training, torch.device(device)
-        self.cnn = learning.on_device(network("alpha-cnn", model, num_pixels=12), self.device, training.precision)
+        self.cnn = learning.on_device(network("alpha-cnn", model, num_pixels=12), self.device)
         self.steps = learning.optimizer(self.cnn, training)
         self.step = learning.Step(self.cnn, self.cnn, self.steps, precision=training.precision, graph=graph)
 
@@ -185,7 +185,7 @@ def test_where_the_channels_lie_changes_no_result(filters, last):
     for laid_out in (True, False):
         torch.manual_seed(0)
         cnn = network("alpha-cnn", SMALL.override({"filters": filters}), num_pixels=12)
-        cnns.append(learning.on_device(cnn, torch.device("cpu"), "float32") if laid_out else cnn)
+        cnns.append(learning.on_device(cnn, torch.device("cpu")) if laid_out else cnn)
     assert cnns[0].features[5].weight.is_contiguous() is not last
 
     errors = []

@@ -94,7 +94,7 @@ def train(scaling: Scaling, dropout: float, training: Block, validation: Block) 
     torch.manual_seed(0)
     model = settings.model.override({"dropout": dropout})
     network = CNN("n-cnn", model, num_pixels=60, target=scaling, num_subhalos=scaling)
-    network = learning.on_device(network, torch.device("cpu"), "float32")
+    network = learning.on_device(network, torch.device("cpu"))
     step = learning.Step(network, network, learning.optimizer(network, settings.training))
     epoch = share.Epoch(len(training.target_B), BATCH_SIZE, rank=0, world_size=1)
     seen = []
