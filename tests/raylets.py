@@ -1,8 +1,9 @@
-"""Real nodes on this machine, each a raylet, the processes below one, and where they listen."""
+"""Real nodes on this machine, each a raylet, the processes below one, where they listen, and waiting for them."""
 
 import ipaddress
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ def cluster(head: dict[str, Any], *others: dict[str, Any]) -> Iterator[tuple[ray
         nodes.shutdown()
         for name, value in believed.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def wait(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Wait until something holds: what a node starts is there a while after the node."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.1)
 
 
 def raylet(node: Any) -> int:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 import local
 import pytest
 import s3fs
-from raylets import descendants, is_loopback, listening, title
+from raylets import descendants, is_loopback, listening, title, wait
 from test_reproduce import TINY
 
 from raylens.config import Experiment
@@ -88,13 +87,6 @@ def read_until(job: subprocess.Popen, sign: str) -> list[str]:
         if sign in line:
             return lines
     raise AssertionError(f"the job ended before it said {sign!r}:\n{''.join(lines)}")
-
-
-def wait(condition: Callable[[], object], seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.1)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import grpc
 import local
 import pytest
-from raylets import descendants, is_loopback, listening, title
+from raylets import descendants, is_loopback, listening, title, wait
 
 RAY = Path(sys.executable).with_name("ray")
 # One call of each of Ray's services, by the process that offers it.
@@ -27,6 +27,7 @@ CALLS = [
     "/ray.rpc.ReporterService/GetTraceback",
     "/ray.rpc.LogService/ListLogs",
 ]
+METRICS = (200, b"# HELP ")  # how Prometheus's text begins
 
 
 def ran(*arguments: object) -> subprocess.CompletedProcess:
@@ -94,7 +95,8 @@ def test_nothing_listens_beyond_loopback(cluster):
 def answer(address: str, path: str) -> tuple[int, bytes] | None:
     """The status and the first bytes of the answer to a bare request; None where nobody speaks HTTP."""
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://{address}{path}") as given:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"http://{address}{path}", timeout=20) as given:
             return given.status, given.read(7)
     except urllib.error.HTTPError as error:
         return error.code, b""
@@ -104,14 +106,20 @@ def answer(address: str, path: str) -> tuple[int, bytes] | None:
 
 def test_whoever_has_no_token_gets_401_wherever_ray_speaks_http(cluster):
     """Who may submit a job may do all that its owner may; what stays open are counters, which can only be read."""
-    given = {address: answer(address, "/api/jobs/") for address in listening(cluster.pids["keeper"])}
-    spoken = {address: found for address, found in given.items() if found}
+    spoken: dict[str, tuple[int, bytes]] = {}
+
+    def all_speak() -> bool:
+        """The metrics of a node come some seconds after it: the dashboard's, the autoscaler's, those of each node."""
+        given = {address: answer(address, "/api/jobs/") for address in listening(cluster.pids["keeper"])}
+        spoken.update((address, found) for address, found in given.items() if found)
+        return sum(found == METRICS for found in spoken.values()) == 4
+
+    wait(all_speak)
 
     closed = {address for address, (status, _) in spoken.items() if status == 401}
-    metrics = {address for address, found in spoken.items() if found == (200, b"# HELP ")}
+    metrics = {address for address, found in spoken.items() if found == METRICS}
     assert spoken.keys() == closed | metrics, spoken
     assert len(closed) >= 5  # the dashboard; of each node the agent and the agent of environments
-    assert len(metrics) == 4  # the dashboard's, the autoscaler's, and those of each node
     (page,) = (address for address in closed if answer(address, "/") != (401, b""))
     assert answer(page, "/") == (200, b"<!docty")  # the page that asks for the token
 
