@@ -153,8 +153,7 @@ class Node:
 
 def survey(packages: tuple[str, ...], place: str | None) -> list[Node]:
     """Ask each node what it has, and whether it can write a place; at once, and whatever else they do."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    selected = where_to_simulate()
+    alive, there = _nodes_that_simulate()
 
     def ask(what: Any, node: dict[str, Any], *arguments: Any) -> ray.ObjectRef:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -169,7 +168,7 @@ def survey(packages: tuple[str, ...], place: str | None) -> list[Node]:
             Node(
                 address=node["NodeManagerAddress"],
                 resources=node["Resources"],
-                simulates=selected is None or _simulates(node),
+                simulates=node in there,
                 versions=versions,
                 num_gpus=num_gpus,
                 seconds_ahead=max(told - after, 0.0) + min(told - before, 0.0),
@@ -246,20 +245,41 @@ def where_to_simulate() -> dict[str, str] | None:
     """Return the label selector that keeps simulation off the head and off nodes with GPUs.
 
     A node's own label decides first: `ray start --labels raylens.simulate=yes` (or no). None where
-    there is only one node, which does everything.
+    a lone node does everything.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1:
+    nodes, there = _nodes_that_simulate()
+    if len(nodes) == len(there) == 1:
         return None
-    kept_off = [node["NodeID"] for node in nodes if not _simulates(node)]
+    kept_off = [node["NodeID"] for node in nodes if node not in there]
     if not kept_off:
         return {SIMULATE: "!no"}
-    if len(kept_off) == len(nodes):
+    if not there:
         logger.warning(
             "no node simulates yet: the head and those with GPUs are kept for other work. Waiting for one to join; "
             "a node started with --labels %s=yes would do.", SIMULATE,
         )  # fmt: skip
     return {SIMULATE: "!no", "ray.io/node-id": f"!in({','.join(kept_off)})"}
+
+
+def num_cpus_that_simulate() -> int:
+    """Return how many CPUs simulate now; none where all nodes that do have yet to join."""
+    _, there = _nodes_that_simulate()
+    return int(sum(node["Resources"].get("CPU", 0) for node in there))
+
+
+def _nodes_that_simulate() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return all nodes that are there, and those of them that simulate; a lone one does everything, if it may work."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1 and nodes[0]["Resources"].get("CPU", 0):
+        return nodes, nodes
+    return nodes, [node for node in nodes if _simulates(node)]
+
+
+def _simulates(node: dict[str, Any]) -> bool:
+    told = node["Labels"].get(SIMULATE)
+    if told is not None:
+        return told == "yes"
+    return "node:__internal_head__" not in node["Resources"] and "GPU" not in node["Resources"]
 
 
 def publish(place: str, **values: float) -> None:
@@ -271,13 +291,6 @@ def publish(place: str, **values: float) -> None:
 @cache
 def _gauge(name: str) -> ray.util.metrics.Gauge:
     return ray.util.metrics.Gauge(f"raylens_{name}", METRICS[name], ("place",))
-
-
-def _simulates(node: dict[str, Any]) -> bool:
-    told = node["Labels"].get(SIMULATE)
-    if told is not None:
-        return told == "yes"
-    return "node:__internal_head__" not in node["Resources"] and "GPU" not in node["Resources"]
 
 
 def _quieten() -> None:

@@ -33,6 +33,7 @@ from raylens.simulate import require_drawable, simulate_block
 logger = logging.getLogger(__name__)
 
 _BLOCK_SIZE = 128  # images simulated at once: few enough for the processor's cache
+_NUM_CPUS_TO_COME = 64  # where an autoscaler has yet to start the first node: tasks for one CPU would keep few busy
 
 Progress = Callable[[int, int, str], None]  # images done, images in all, how many shards
 
@@ -83,14 +84,14 @@ def simulate(
     # One row, here: what cannot be simulated fails before anything is written, and the kernel is
     # compiled and cached for the workers of this machine.
     simulate_block(simulation, [0], split)
-    resources = cluster.connect()
+    cluster.connect()
     cluster.require_shared(uri)
     dataset.begin(uri, plan)
     manifest = _standing_manifest(uri)
     ready = time.perf_counter()
 
     made_here = Made()
-    rows = _stand_or_make(uri, plan, manifest, resources)
+    rows = _stand_or_make(uri, plan, manifest)
     for task in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
         assert isinstance(task, pa.Table)
         for facts in task.to_pylist():
@@ -190,20 +191,19 @@ def _standing_manifest(uri: str) -> dataset.Manifest | None:
         return None
 
 
-def _stand_or_make(
-    uri: str, plan: Plan, manifest: dataset.Manifest | None, resources: cluster.Resources
-) -> ray.data.Dataset:
+def _stand_or_make(uri: str, plan: Plan, manifest: dataset.Manifest | None) -> ray.data.Dataset:
     """Return what each shard is, once it stands, as rows."""
     fits = manifest is not None and len(manifest.shards) == plan.num_shards
     # As an array all tasks of a node read the same memory, however long the manifest.
     known = ray.put(np.array([entry.sha256 for entry in manifest.shards]) if manifest and fits else None)
-    num_tasks = math.ceil(plan.num_shards / _shards_per_task(plan.num_shards, resources.num_cpus))
-    numbers = ray.data.range(plan.num_shards, override_num_blocks=num_tasks)
-    return numbers.map_batches(
-        partial(_make_shards, uri=uri, plan=plan, known=known),
-        batch_size=None,
-        label_selector=cluster.where_to_simulate(),
-    )
+    num_cpus = cluster.num_cpus_that_simulate() or _NUM_CPUS_TO_COME
+    num_tasks = math.ceil(plan.num_shards / _shards_per_task(plan.num_shards, num_cpus))
+    # Of the whole dataset, and not of its tasks alone: an autoscaler that is asked for CPUs would start GPU nodes too.
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.label_selector = cluster.where_to_simulate()
+    with ray.data.DataContext.current(context):
+        numbers = ray.data.range(plan.num_shards, override_num_blocks=num_tasks)
+    return numbers.map_batches(partial(_make_shards, uri=uri, plan=plan, known=known), batch_size=None)
 
 
 def _shards_per_task(num_shards: int, num_cpus: int) -> int:
@@ -213,7 +213,7 @@ def _shards_per_task(num_shards: int, num_cpus: int) -> int:
     shard takes it some 0.7 s. For s shards a core and t a task the sum 0.13 s / t + 0.35 t is
     least at this t.
     """
-    return max(round(math.sqrt(0.37 * num_shards / max(num_cpus, 1))), 1)
+    return max(round(math.sqrt(0.37 * num_shards / num_cpus)), 1)
 
 
 def _make_shards(

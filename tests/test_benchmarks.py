@@ -1,4 +1,4 @@
-"""What measures a GPU runs where there is none, to be sound when one is at hand; costs and metrics are as the docs say."""
+"""What measures a GPU runs where there is none, to be sound when one is at hand; costs and metrics are as told."""
 
 import json
 import os

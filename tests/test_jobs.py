@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,8 +91,10 @@ def read_until(job: subprocess.Popen, sign: str) -> list[str]:
 
 
 @contextmanager
-def started(folder: Path, *, head_cpus: int, workers: int = 0, **environment: str) -> Iterator[Cluster]:
-    """A cluster of so many nodes that `ray start` started, and how to use it.
+def started(
+    folder: Path, *, head_cpus: int, workers: int = 0, to_come: dict[str, dict] | None = None, **environment: str
+) -> Iterator[Cluster]:
+    """A cluster of so many nodes that `ray start` started, and how to use it; an autoscaler starts those to come.
 
     Alone, a head keeps to loopback. `ray start` lets others join only on all interfaces, behind the token.
     """
@@ -102,7 +105,7 @@ def started(folder: Path, *, head_cpus: int, workers: int = 0, **environment: st
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }  # fmt: skip
-    if not workers:
+    if not workers and not to_come:
         told["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     gcs, dashboard, *agents = local.free_ports(3 + workers)
     address, api = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
@@ -123,13 +126,18 @@ def started(folder: Path, *, head_cpus: int, workers: int = 0, **environment: st
         user = around | {"RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": api}
         log = running.enter_context(open(folder / "log", "w"))
 
-        def start(*words: str) -> subprocess.Popen:
-            node = subprocess.Popen([*common, *words], env=around, stdout=log, stderr=log)
+        def start(*words: str, **more: str) -> subprocess.Popen:
+            node = subprocess.Popen([*common, *words], env=around | more, stdout=log, stderr=log)
             running.callback(node.wait, 60)
             running.callback(node.terminate)
             return node
 
-        nodes = [start(*head)]
+        if to_come:
+            (folder / "scaling.json").write_text(json.dumps(scaling(to_come, address)))
+            nodes = [start(*head, f"--autoscaling-config={folder / 'scaling.json'}", **SCALES)]
+            running.callback(end_descendants, nodes[0].pid)  # nodes that have come would outlive the head
+        else:
+            nodes = [start(*head)]
         wait(lambda: subprocess.run(answers, env=user, capture_output=True, timeout=60).returncode == 0)
         for agent in agents[1:]:
             nodes.append(start(f"--address={address}", "--num-cpus=2", f"--dashboard-agent-listen-port={agent}"))
@@ -140,6 +148,37 @@ def started(folder: Path, *, head_cpus: int, workers: int = 0, **environment: st
 
         wait(lambda: len(raylets()) == max(workers, 1))
         yield Cluster(user, "bucket", nodes[0].pid, raylets, Path(temporary))
+
+
+HEAD_ID = "f" * 51 + "00000"  # by which Ray's provider of nodes on one machine knows the head
+SCALES = {
+    "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1",
+    "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+}  # fmt: skip
+
+
+def scaling(node_types: dict[str, dict], address: str) -> dict:
+    """What tells Ray's autoscaler which nodes it may start, each a raylet here, with a patience of six seconds."""
+    head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    none = {name: [] for name in (
+        "setup_commands", "initialization_commands", "head_setup_commands", "worker_setup_commands",
+        "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
+    )}  # fmt: skip
+    return none | {
+        "cluster_name": "tests", "max_workers": 8, "idle_timeout_minutes": 0.1, "upscaling_speed": 8.0,
+        "provider": {
+            "type": "external", "launch_multiple": True, "head_node_id": HEAD_ID, "gcs_address": address,
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        },
+        "available_node_types": {"ray.head.default": head} | node_types, "head_node_type": "ray.head.default",
+        "docker": {}, "auth": {}, "file_mounts": {}, "file_mounts_sync_continuously": False,
+    }  # fmt: skip
+
+
+def end_descendants(pid: int) -> None:
+    for one in list(descendants(pid)):
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
 
 
 @contextmanager
@@ -294,3 +333,41 @@ def test_each_job_submitted_again_finds_its_work_done(one_node, work):
     )  # fmt: skip
 
     assert (told["campaign"], told["num_trials"]) == (f"{root}/campaign", 2)
+
+
+@pytest.mark.slow
+def test_nodes_come_when_a_job_wants_them_and_go_when_it_has_ended(s3, tmp_path, work):
+    """What makes a cluster cheap: nothing runs between jobs but the head, and no GPU is paid for while images are made.
+
+    The autoscaler, the labels and the sizes of tasks are those of `cluster/kuberay`; what starts a node is not.
+    """
+    room = {"object_store_memory": 2**28}
+    to_come = {
+        "simulate": {"resources": {"CPU": 1, **room}, "labels": {"raylens.simulate": "yes"}, "max_workers": 4},
+        "train": {"resources": {"CPU": 1, "GPU": 1, **room}, "labels": {"raylens.simulate": "no"}, "max_workers": 1},
+    }
+    to_come = {name: {"node_config": {}, "min_workers": 0} | kind for name, kind in to_come.items()}
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    command = ("jobs/simulate.py", "smoke", "--to", f"s3://bucket/{tmp_path.name}", "--num-images", "40000")
+    most: Counter[str] = Counter()
+    with started(tmp_path, head_cpus=0, to_come=to_come, **aws) as cluster:
+
+        def there() -> Counter[str]:
+            """The nodes that there are, by kind, as what they hold tells."""
+            told = cluster.ask("list", "nodes", "--format=json", "--filter", "state=ALIVE")
+            nodes = json.loads(told) if told.startswith("[") else []
+            kinds = ("train" if "GPU" in node["resources_total"] else "simulate" for node in nodes
+                     if "CPU" in node["resources_total"])  # fmt: skip
+            return Counter(kinds)
+
+        assert there() == {}
+        with cluster.submitted(work(), *command, "--shard-size", "512") as job:
+            while job.poll() is None:
+                most |= there()
+            lines = job.stdout.read().splitlines()
+        assert job.returncode == 0, lines
+        wait(lambda: not there())
+
+    assert facts_of(lines)["num_made"] == 79
+    assert 2 <= most["simulate"] <= 4  # twice as many each time
+    assert most["train"] == 0
