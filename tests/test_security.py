@@ -8,6 +8,8 @@ import pickle
 import re
 import resource
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -265,3 +267,22 @@ def test_a_shard_that_would_fill_the_memory_is_refused(data, main, tmp_path):
 
     assert ran.returncode == 1
     assert "in memory, more than images can" in ran.errors[0]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "torch.load('x')", "pickle.loads(b'x')", "cloudpickle.loads(b'x')", "marshal.loads(b'x')", "eval('x')",
+        "exec('x')", "ray.tune.Tuner.restore('x', print)", "yaml.load('x', yaml.Loader)",
+    ],
+)  # fmt: skip
+def test_the_linter_refuses_what_would_run_what_it_reads(call):
+    """The next one who needs a quick way to load something is told before it lands."""
+    names = {"torch", "pickle", "cloudpickle", "marshal", "yaml", "ray"} & {call.split(".")[0]}
+    source = "".join(f"import {name}\n" for name in names) + f"\nprint({call})\n"
+    command = [Path(sys.executable).with_name("ruff"), "check", "--quiet", "--stdin-filename", "raylens/new.py", "-"]
+
+    found = subprocess.run(command, input=source, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+    codes = set(re.findall(r"^([A-Z]+\d+) ", found.stdout, re.MULTILINE))
+    assert codes & {"S102", "S301", "S302", "S307", "S506", "TID251"}, found.stdout
