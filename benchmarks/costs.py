@@ -45,18 +45,18 @@ def simulation(nums_images: Iterable[float], core_hour: float, terabyte_month: f
         terabytes = num_images * BYTES / 1e12
         rows.append([
             f"{num_images:,.0f}", f"{hours:.2g}", *(duration(3600 * hours / cores) for cores in CORES),
-            f"{hours * core_hour:.2g} USD", f"{1e3 * terabytes:,.1f} GB", f"{terabytes * terabyte_month:.2g} USD",
-            duration(num_images / PREDICTED / CORES[0]),
+            f"{hours * core_hour:.2g}", f"{1e3 * terabytes:,.1f}", f"{terabytes * terabyte_month:.2g}",
         ])  # fmt: skip
-    head = ["images", "core-hours", *times, "computing", "bytes", "a month of storage", "predicted on 2 cores in"]
+    head = ["images", "core-hours", *times, "computing [USD]", "size [GB]", "a month of it [USD]"]
     return table(head, rows)
 
 
 def training(nums_images: Iterable[float], epochs: int, gpu_hour: float) -> str:
-    """Return what both networks cost to train, as a table of Markdown; a dash where the images do not fit the GPU."""
+    """Return what both networks take to predict and to train; a dash where the images do not fit the GPU."""
     rows = []
     for num_images in nums_images:
-        row = [f"{num_images:,.0f}", duration(num_images * sum(1 / rate for rate in TWO_CORES.values()))]
+        epoch = num_images * sum(1 / rate for rate in TWO_CORES.values())
+        row = [f"{num_images:,.0f}", duration(num_images / PREDICTED / 2), duration(epoch)]
         fits = num_images * 4 * 60**2 <= 0.4e9 * GPU_GIGABYTES
         for rates in ONE_GPU.values():
             seconds = num_images * sum(1 / rate for rate in rates.values())
@@ -64,7 +64,7 @@ def training(nums_images: Iterable[float], epochs: int, gpu_hour: float) -> str:
             row += [duration(seconds), whole] if fits else ["–", "–"]
         rows.append(row)
     of_gpu = [told for size in ONE_GPU for told in (f"on a GPU, {size} a step", f"{epochs} epochs there")]
-    return table(["images", "an epoch on 2 cores, 16 a step", *of_gpu], rows)
+    return table(["images", "predicted on 2 cores", "an epoch on 2 cores, 16 a step", *of_gpu], rows)
 
 
 def duration(seconds: float) -> str:

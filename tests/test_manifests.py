@@ -269,9 +269,9 @@ def test_the_network_policy_lets_in_the_cluster_and_its_operator_alone(cluster):
     ]
 
 
-def test_the_network_policy_of_the_readme_is_one():
+def test_the_network_policy_of_the_how_to_is_one():
     """Who copies it should let Prometheus in, and nobody else."""
-    (text,) = re.findall(r"```yaml\n(.*?)```", (KUBERAY / "README.md").read_text(), re.DOTALL)
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "how-to" / "kubernetes.md").read_text(), re.DOTALL)
     policy = yaml.safe_load(text)
 
     assert policy["kind"] == "NetworkPolicy"
