@@ -258,18 +258,43 @@ def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(one_node, wor
     status, lines = one_node.finished(folder, *command)
 
     assert status == 0, lines
-    after = one_node.made("stopped")
+    assert_went_on(before, one_node.made("stopped"), lines)
+    token = Path(one_node.environment["RAY_AUTH_TOKEN_PATH"]).read_bytes()
+    logs = [path.read_bytes() for path in one_node.folder.rglob("*") if path.is_file()] + ["\n".join(lines).encode()]
+    for secret in (token, one_node.environment["AWS_SECRET_ACCESS_KEY"].encode()):
+        assert not any(secret in log for log in logs)
+    assert any(b"jobs/reproduce.py" in log for log in logs)  # the search finds what is there
+
+
+def assert_went_on(before: dict[str, str], after: dict[str, str], lines: list[str]) -> None:
+    """A job that was lost in its second training ended at last, and made none of the data or the first one again."""
     data = {key for key in before if key.endswith((".parquet", "manifest.json"))}
     finished = {key for key in before if "-n-cnn-" in key and key.endswith(("model.safetensors", "model.json"))}
     assert len(data) == 16  # a shard and a manifest of each split
     assert len(finished) == 3  # the best checkpoint among them
     assert {key: after[key] for key in data | finished} == {key: before[key] for key in data | finished}
     assert facts_of(lines)["report"].removeprefix("s3://") in after
-    token = Path(one_node.environment["RAY_AUTH_TOKEN_PATH"]).read_bytes()
-    logs = [path.read_bytes() for path in one_node.folder.rglob("*") if path.is_file()] + ["\n".join(lines).encode()]
-    for secret in (token, one_node.environment["AWS_SECRET_ACCESS_KEY"].encode()):
-        assert not any(secret in log for log in logs)
-    assert any(b"jobs/reproduce.py" in log for log in logs)  # the search finds what is there
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_where_a_cluster_was_lost_with_its_head(s3, tmp_path_factory, work):
+    """On the next cluster, as all that it has written is in the bucket."""
+    folder, command = work(), ("jobs/reproduce.py", "tiny.json", "--to", "s3://bucket/lost")
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    with started(tmp_path_factory.mktemp("first"), head_cpus=2, **aws) as cluster:
+        with cluster.submitted(folder, *command) as job:
+            read_until(job, "alpha-cnn  workers")
+            end_descendants(cluster.pid)
+            job.communicate(timeout=120)
+        assert job.returncode != 0
+        before = cluster.made("lost")
+
+    with started(tmp_path_factory.mktemp("second"), head_cpus=2, **aws) as cluster:
+        status, lines = cluster.finished(folder, *command)
+        after = cluster.made("lost")
+
+    assert status == 0, lines
+    assert_went_on(before, after, lines)
 
 
 def test_a_head_alone_listens_on_loopback_only(one_node):
