@@ -15,12 +15,12 @@ from collections.abc import Iterable
 # docs/benchmarks.md and docs/scaling.md, measured on the machines that they name.
 CORE_MILLISECONDS = 0.85  # an image, Ray and idling included
 BYTES = 14_807  # an image
-PREDICTED = 1_240  # images through both networks in a second of a core
+PREDICTED = 1_050  # images/s through both networks, two cores
 TWO_CORES = {"n-cnn": 614, "alpha-cnn": 1_315}  # images/s, 16 a step
 ONE_GPU = {16: {"n-cnn": 26_482, "alpha-cnn": 42_253}, 256: {"n-cnn": 104_199, "alpha-cnn": 235_989}}
 GPU_GIGABYTES = 141  # of that GPU, of whose memory a training keeps images in at most 0.4
 
-CORES = (2, 56, 224)  # this machine; 4 and 16 of the CPU nodes of cluster/kuberay and cluster/aws.yaml
+CORES = (2, 56, 224)  # as measured; 4 and 16 of the CPU nodes of cluster/kuberay
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def training(nums_images: Iterable[float], epochs: int, gpu_hour: float) -> str:
     rows = []
     for num_images in nums_images:
         epoch = num_images * sum(1 / rate for rate in TWO_CORES.values())
-        row = [f"{num_images:,.0f}", duration(num_images / PREDICTED / 2), duration(epoch)]
+        row = [f"{num_images:,.0f}", duration(num_images / PREDICTED), duration(epoch)]
         fits = num_images * 4 * 60**2 <= 0.4e9 * GPU_GIGABYTES
         for rates in ONE_GPU.values():
             seconds = num_images * sum(1 / rate for rate in rates.values())

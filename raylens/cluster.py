@@ -241,6 +241,21 @@ def room_for(num_workers: int, *, use_gpu: bool) -> Room:
     return Room(num_cpus, int(min(node.get("memory", 0) / min(held(node, num_cpus), num_workers) for node in hosts)))
 
 
+def require_nodes_for_work() -> None:
+    """Refuse a cluster in which no node may work: one that an autoscaler brings is there too late to be planned with.
+
+    Raises
+    ------
+    ValueError
+        With what to do.
+    """
+    if not any(node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes() if node["Alive"]):
+        raise ValueError(
+            "no node of the cluster has a CPU for work. Bring nodes first, by minReplicas on Kubernetes, "
+            "by min_workers under `ray up`, by `ray start` elsewhere, and run the same command again."
+        )
+
+
 def where_to_simulate() -> dict[str, str] | None:
     """Return the label selector that keeps simulation off the head and off nodes with GPUs.
 
@@ -259,6 +274,23 @@ def where_to_simulate() -> dict[str, str] | None:
             "a node started with --labels %s=yes would do.", SIMULATE,
         )  # fmt: skip
     return {SIMULATE: "!no", "ray.io/node-id": f"!in({','.join(kept_off)})"}
+
+
+def where_to_predict() -> dict[str, str] | None:
+    """Return the label selector of nodes that predict: those that simulate, or all if none that is there does."""
+    nodes, there = _nodes_that_simulate()
+    only_others = not there and any(node["Resources"].get("CPU", 0) for node in nodes)
+    return None if only_others else where_to_simulate()
+
+
+def numbers(num: int, num_tasks: int, *, where: dict[str, str] | None) -> ray.data.Dataset:
+    """Return the numbers from 0 on, for so many tasks, on the nodes that a label selector names."""
+    # The selector is the dataset's and not its tasks' alone: else an autoscaler, which is asked for more CPUs while all
+    # are busy, would start GPU nodes too.
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.label_selector = where
+    with ray.data.DataContext.current(context):
+        return ray.data.range(num, override_num_blocks=num_tasks)
 
 
 def num_cpus_that_simulate() -> int:

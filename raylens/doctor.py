@@ -130,7 +130,10 @@ def _nodes(found: list[Node], place: str | None) -> str:
     from raylens import cluster, storage
 
     found += cluster.survey(_PACKAGES, None if place is None else storage.absolute(place))
-    return f"{len(found)} answered: {', '.join(sorted({node.address for node in found}))}"
+    answered = f"{len(found)} answered: {', '.join(sorted({node.address for node in found}))}"
+    if any(node.resources.get("CPU", 0) >= 1 for node in found):
+        return answered
+    return f"{answered}; none of them is for work, so bring one of each kind and ask again"
 
 
 def _versions(nodes: list[Node]) -> str:

@@ -198,11 +198,7 @@ def _stand_or_make(uri: str, plan: Plan, manifest: dataset.Manifest | None) -> r
     known = ray.put(np.array([entry.sha256 for entry in manifest.shards]) if manifest and fits else None)
     num_cpus = cluster.num_cpus_that_simulate() or _NUM_CPUS_TO_COME
     num_tasks = math.ceil(plan.num_shards / _shards_per_task(plan.num_shards, num_cpus))
-    # Of the whole dataset, and not of its tasks alone: an autoscaler that is asked for CPUs would start GPU nodes too.
-    context = ray.data.DataContext.get_current().copy()
-    context.execution_options.label_selector = cluster.where_to_simulate()
-    with ray.data.DataContext.current(context):
-        numbers = ray.data.range(plan.num_shards, override_num_blocks=num_tasks)
+    numbers = cluster.numbers(plan.num_shards, num_tasks, where=cluster.where_to_simulate())
     return numbers.map_batches(partial(_make_shards, uri=uri, plan=plan, known=known), batch_size=None)
 
 

@@ -236,7 +236,8 @@ def _gather(
         return table.append_column("cpu_seconds", pa.array(np.full(len(table), share)))
 
     num_tasks = min(num_sources, max(_MAX_TASKS, _MAX_TASKS_PER_CPU * cluster.connect().num_cpus))
-    blocks = ray.data.range(num_sources, override_num_blocks=num_tasks).map_batches(timed, batch_size=None)
+    numbers = cluster.numbers(num_sources, num_tasks, where=cluster.where_to_predict())
+    blocks = numbers.map_batches(timed, batch_size=None)
     tables: list[pa.Table] = []
     num_done = 0
     for table in blocks.iter_batches(batch_format="pyarrow", batch_size=None):

@@ -202,6 +202,7 @@ def _ended(run: str, card: models.Card, started: float) -> Trained | None:
 
 def _require_room(resources: cluster.Resources, least: int, most: int, use_gpu: bool) -> cluster.Room:
     """Return what each worker can have; refuse a cluster that cannot hold the least number of them."""
+    cluster.require_nodes_for_work()
     room = cluster.room_for(most, use_gpu=use_gpu)
     if not room.num_cpus:
         room = cluster.room_for(least, use_gpu=use_gpu)

@@ -171,9 +171,8 @@ class _Slots:
 
 def _require_room(data: Dataset, validation: Dataset | None, search: Search) -> _Slots:
     """Return what the cluster has for trials; refuse one that has nothing for a single trial."""
+    cluster.require_nodes_for_work()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-    if not nodes:
-        raise ValueError("a trial needs a CPU, and no node of the cluster has one for work; add a node.")
     num_images = data.num_images + (validation.num_images if validation else 0)
     needed = 4 * data.num_pixels**2 * num_images
     room = min(node.get("object_store_memory", 0) for node in nodes)

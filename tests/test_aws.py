@@ -4,6 +4,7 @@ with its commands."""
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -291,7 +292,7 @@ def adapted(command: str, changes: dict[str, str]) -> str:
 def nodes(config, tmp_path_factory) -> Iterator[Nodes]:
     """What the commands of the file start, with the environment that the launcher gives them."""
     folder = tmp_path_factory.mktemp("token")
-    (folder / "auth_token").write_text("a token of the tests, as long as Ray wants it\n")
+    (folder / "auth_token").write_text(f"{secrets.token_hex()}\n")
     gcs, dashboard, *ports = map(str, local.free_ports(6))
     outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 

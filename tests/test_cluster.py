@@ -75,6 +75,47 @@ def test_labels_decide_where_simulation_runs(tiny, tmp_path):
         assert [has_simulated(node) for node in started] == [False, True, False]
 
 
+ASK = """
+import json, sys
+from raylens import cluster
+
+cluster.connect()
+for _ in sys.stdin:
+    told = [cluster.where_to_simulate(), cluster.where_to_predict(), cluster.num_cpus_that_simulate()]
+    print(json.dumps(told), flush=True)
+"""
+
+
+def test_who_may_yet_be_brought_is_asked_for_by_what_it_is_for():
+    """An autoscaler is told what a node must be; told nothing, it brings GPU nodes to simulate and to predict."""
+    command, pipes = [sys.executable, "-c", ASK], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with (
+        cluster({"num_cpus": 0}) as (nodes, (head,)),
+        subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": nodes.address}, **pipes) as driver,
+    ):
+
+        def asked() -> list:
+            driver.stdin.write("\n")
+            driver.stdin.flush()
+            return json.loads(driver.stdout.readline())
+
+        alone = asked()
+        gpu = nodes.add_node(num_cpus=1, num_gpus=1)
+        with_gpu = asked()
+        nodes.add_node(num_cpus=3)
+        with_both = asked()
+        driver.stdin.close()
+
+    def off(*kept_off) -> dict[str, str]:
+        return {"raylens.simulate": "!no", "ray.io/node-id": f"!in({','.join(node.node_id for node in kept_off)})"}
+
+    assert alone == [off(head), off(head), 0]
+    assert with_gpu[1:] == [None, 0]  # rather than waiting, it predicts on what is there
+    assert with_both[0] == with_both[1]
+    assert with_both[0] in (off(head, gpu), off(gpu, head))
+    assert with_both[2] == 3
+
+
 RAY_FIRST = """
 import sys
 import ray.data

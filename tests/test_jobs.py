@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -99,7 +100,7 @@ def started(
     Alone, a head keeps to loopback. `ray start` lets others join only on all interfaces, behind the token.
     """
     token = folder / "token"
-    token.write_text("a token of the tests, as long as Ray wants it")
+    token.write_text(secrets.token_hex())  # other nodes can join only on all interfaces
     foreign = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     told = {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
@@ -258,7 +259,12 @@ def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(one_node, wor
     status, lines = one_node.finished(folder, *command)
 
     assert status == 0, lines
-    assert_went_on(before, one_node.made("stopped"), lines)
+    after = one_node.made("stopped")
+    assert_went_on(before, after, lines)
+    status, again = one_node.finished(folder, *command)
+    assert status == 0, again
+    assert one_node.made("stopped") == after  # there was nothing to do
+    assert facts_of(again)["metrics"] == facts_of(lines)["metrics"]
     token = Path(one_node.environment["RAY_AUTH_TOKEN_PATH"]).read_bytes()
     logs = [path.read_bytes() for path in one_node.folder.rglob("*") if path.is_file()] + ["\n".join(lines).encode()]
     for secret in (token, one_node.environment["AWS_SECRET_ACCESS_KEY"].encode()):

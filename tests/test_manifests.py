@@ -1,6 +1,7 @@
 """The manifests for Kubernetes: what KubeRay's schemas hold, and what they do not."""
 
 import copy
+import itertools
 import json
 import re
 import shlex
@@ -76,6 +77,12 @@ def faults(cluster: dict[str, Any]) -> Iterator[str]:
             yield f"{group['groupName']}: minReplicas <= replicas <= maxReplicas"
         if group["template"]["spec"].get("restartPolicy") != "Never":
             yield f"{group['groupName']}: a worker that restarts in its pod is a node that Ray does not know"
+    head, *others = (pod["serviceAccountName"] for pod in pods(cluster).values())
+    if head in others:
+        yield "accounts: the operator lets that of the head change the cluster, and a node has it too"
+    mounts = spec.get("autoscalerOptions", {}).get("volumeMounts", [])
+    if [mount["name"] for mount in mounts if mount["mountPath"] == "/tmp/ray"] != ["ray"]:
+        yield "autoscaler: its log is not where the head looks for it"
     for group, pod in pods(cluster).items():
         yield from (f"{group}: {fault}" for fault in pod_faults(group, pod, groups(cluster)[group]["template"]))
 
@@ -144,6 +151,8 @@ TRAIN = ["spec", "workerGroupSpecs", 1]
         (["spec", "rayVersion"], "2.59.0", "rayVersion"),
         (["spec", "authOptions"], {}, "authOptions"),
         (["spec", "headGroupSpec", "rayStartParams"], {}, "head: takes work"),
+        (["spec", "autoscalerOptions"], {}, "autoscaler: its log"),
+        ([*TRAIN, "template", "spec", "serviceAccountName"], "raylens-head", "accounts"),
         ([*SIMULATE, "maxReplicas"], -1, "minReplicas"),
         ([*TRAIN, "template", "spec", "restartPolicy"], "Always", "restarts in its pod"),
         ([*TRAIN, "template", "spec", "nodeSelector"], {"raylens/spot": "true"}, "spot is for simulation"),
@@ -225,14 +234,30 @@ def test_a_job_runs_what_is_in_the_image_on_the_cluster_that_stands(path, cluste
     verb = get_command(app).commands[path.stem]
     with verb.make_context(path.stem, words) as context:
         assert "$RAYLENS_ROOT/" in str(context.params)
-    data = next((word for word in words if "paper-fixed-train-" in word), "")
-    assert data.endswith(f"-{digest_of('paper-fixed')}") or not data
 
 
-def digest_of(recipe: str) -> str:
-    from raylens import recipes
+def test_a_job_finds_what_another_has_made(cluster):
+    """Each names its places in its own file, and the images of a search must fit the shared memory of a pod."""
+    from raylens import dataset, recipes, tune
 
-    return recipes.load(recipe).simulation.digest
+    root = "s3://bucket/root"
+    told = {path.stem: read(path)["spec"]["entrypoint"].replace("$RAYLENS_ROOT", root) for path in JOBS}
+    words = {name: shlex.split(entrypoint)[2:] for name, entrypoint in told.items()}
+    after = {name: dict(itertools.pairwise(given)) for name, given in words.items()}
+    paper = recipes.load("paper-fixed")
+
+    def made(root: str) -> str:
+        return dataset.location(root, recipe="paper-fixed", split="train", simulation=paper.simulation)
+
+    assert after["train"]["--data"] == made(after["simulate"]["--to"])
+    assert after["tune"]["--data"] == made(f"{after['reproduce']['--to']}/paper-fixed")
+    assert "paper-fixed" in words["reproduce"]
+    shared = min(
+        amount(volume["emptyDir"]["sizeLimit"])
+        for pod in pods(cluster).values() for volume in pod["volumes"] if volume["name"] == "shared-memory"
+    )  # fmt: skip
+    pixels = 4 * paper.simulation.camera.num_pixels**2 * paper.num_images.of("train")
+    assert pixels < tune._SHARE_OF_OBJECT_STORE * 0.9 * shared  # of which Ray takes a little less
 
 
 def test_the_overlay_sets_all_that_is_ones_own(rendered):
@@ -241,13 +266,16 @@ def test_the_overlay_sets_all_that_is_ones_own(rendered):
     cluster = by_kind["RayCluster"]
     images = {name: pod["containers"][0]["image"] for name, pod in pods(cluster).items()}
 
+    accounts = [one["metadata"] for one in rendered if one["kind"] == "ServiceAccount"]
+
     assert by_kind.keys() == {"ServiceAccount", "ConfigMap", "NetworkPolicy", "RayCluster"}
     assert images["head"] == images["simulate"]
     assert {image.rpartition(":")[2] for image in images.values()} == {__version__}
     assert by_kind["ConfigMap"]["data"]["RAYLENS_ROOT"].startswith("s3://")
     assert {manifest["metadata"]["namespace"] for manifest in rendered} == {"raylens"}
+    assert {one["name"] for one in accounts} == {pod["serviceAccountName"] for pod in pods(cluster).values()}
+    assert all("role" in str(one["annotations"]) for one in accounts)
     for pod in pods(cluster).values():
-        assert pod["serviceAccountName"] == by_kind["ServiceAccount"]["metadata"]["name"]
         config, secret = pod["containers"][0]["envFrom"]
         assert config["configMapRef"]["name"] == by_kind["ConfigMap"]["metadata"]["name"]
         assert secret["secretRef"]["optional"] is True
@@ -264,9 +292,27 @@ def test_the_network_policy_lets_in_the_cluster_and_its_operator_alone(cluster):
     assert policy["policyTypes"] == ["Ingress"]
     assert among_themselves == {"from": [{"podSelector": own}]}
     assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
-    assert [one["podSelector"]["matchLabels"] for one in operator["from"]] == [
-        {"app.kubernetes.io/component": "kuberay-operator"}
-    ]
+    (source,) = operator["from"]
+    assert source["podSelector"] == {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}}
+    # In its namespace alone: a label, anybody can give a pod of his own.
+    assert source["namespaceSelector"]["matchLabels"].keys() == {"kubernetes.io/metadata.name"}
+
+
+def test_what_the_overlay_offers_works_when_its_sign_is_taken_away(rendered, tmp_path):
+    """Patches that nobody tries are misspelt, and kustomize refuses all for one."""
+    shutil.copytree(KUBERAY, tmp_path / "kuberay")
+    overlay = tmp_path / "kuberay" / "overlays" / "example"
+    file = overlay / "kustomization.yaml"
+    file.write_text(file.read_text().replace("# - {op:", "- {op:"))
+
+    made = subprocess.run(["kubectl", "kustomize", overlay], capture_output=True, text=True, check=True).stdout
+
+    (cluster,) = (one for one in yaml.safe_load_all(made) if one["kind"] == "RayCluster")
+    simulate = groups(cluster)["simulate"]["template"]
+    assert simulate["spec"]["containers"][0]["resources"]["requests"]["cpu"] == "30"
+    places = [pod.get("affinity", pod.get("nodeSelector")) for pod in pods(cluster).values()]
+    assert "raylens/spot" not in json.dumps(places)
+    assert not any("fit" in fault for fault in faults(cluster))
 
 
 def test_the_network_policy_of_the_how_to_is_one():
