@@ -1,4 +1,4 @@
-"""What the tests share: one local Ray, one real S3 server, the command line, and tiny datasets without Ray.
+"""What the tests share: one local Ray, one real S3 server, the command line, tiny datasets without Ray, and an image.
 
 Ray comes after S3, because its workers have the environment in which it was started.
 """
@@ -19,6 +19,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
+import images
 import local
 import pytest
 import s3fs
@@ -200,3 +201,12 @@ def undrawn(request, monkeypatch) -> None:
 @pytest.fixture
 def drawn() -> None:
     """Asked for by a test that is about the figures."""
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory) -> Iterator[images.Image]:
+    """What the stage `node` of the Dockerfile is, from which the shipped images differ by a check; it takes a minute."""
+    root = tmp_path_factory.mktemp("image")
+    yield images.make(root, "node")
+    subprocess.run(["chmod", "-R", "u+w", root], check=True)
+    subprocess.run(["rm", "-rf", root], check=True)  # gigabytes, where pytest keeps the folders of three sessions

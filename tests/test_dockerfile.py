@@ -12,7 +12,6 @@ from images import DOCKERFILE, IGNORED, ROOT, Instruction, is_ignored, lineage, 
 
 from raylens import __version__
 
-pytest_plugins = "shared_image"
 pytestmark = pytest.mark.timeout(1800)  # where torch's build for CUDA comes over a slow network
 
 TARGETS = ("cpu", "cuda")

@@ -19,7 +19,6 @@ from images import ROOT
 
 from raylens import __version__
 
-pytest_plugins = "shared_image"
 pytestmark = pytest.mark.timeout(1800)  # where torch's build for CUDA comes over a slow network
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
