@@ -205,7 +205,7 @@ def drawn() -> None:
 
 @pytest.fixture(scope="session")
 def image(tmp_path_factory) -> Iterator[images.Image]:
-    """What the stage `node` of the Dockerfile is, from which the shipped images differ by a check; it takes a minute."""
+    """What the stage `node` of the Dockerfile is, from which what is shipped differs by a check; it takes a minute."""
     root = tmp_path_factory.mktemp("image")
     yield images.make(root, "node")
     subprocess.run(["chmod", "-R", "u+w", root], check=True)
