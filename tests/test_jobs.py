@@ -23,7 +23,7 @@ from test_reproduce import TINY
 from raylens.config import Experiment
 
 JOBS = Path(__file__).parents[1] / "jobs"
-PAGES = ("results.json", "report.html")
+ANEW = ("results.json", "report.html", "winner.json")
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -63,7 +63,7 @@ class Cluster:
         return job.returncode, lines.splitlines()
 
     def made(self, under: str) -> dict[str, str]:
-        """The objects below a key, and when each was written; of the pages, which are drawn anew, what they say."""
+        """The objects below a key, and when each was written; of those that are written anew, what they say."""
         keys = {name.lower(): self.environment[f"AWS_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
         file_system = s3fs.S3FileSystem(
             key=keys["access_key_id"], secret=keys["secret_access_key"],
@@ -71,7 +71,7 @@ class Cluster:
         )  # fmt: skip
         found = file_system.find(f"{self.bucket}/{under}", detail=True)
         return {
-            key: facts["ETag"] + ("" if key.endswith(PAGES) else f" {facts['LastModified']}")
+            key: facts["ETag"] + ("" if key.endswith(ANEW) else f" {facts['LastModified']}")
             for key, facts in found.items() if not key.endswith("/")
         }  # fmt: skip
 
@@ -147,7 +147,11 @@ def started(
             working = nodes[1:] or nodes
             return [pid for node in working for pid in descendants(node.pid) if "raylet/raylet" in title(pid)]
 
-        wait(lambda: len(raylets()) == max(workers, 1))
+        def complete() -> bool:
+            assert all(node.poll() is None for node in nodes), (folder / "log").read_text()[-3000:]
+            return len(raylets()) == max(workers, 1)
+
+        wait(complete)
         yield Cluster(user, "bucket", nodes[0].pid, raylets, Path(temporary))
 
 
@@ -236,7 +240,7 @@ def work(tmp_path) -> Callable[..., Path]:
             "name": "tiny",
             "recipe": "tiny.json",
             "epochs": [1, 2],
-            "values": {"filters": [2, 4]},
+            "values": {"num_layers": [1], "filters": [2, 4], "growth": [1]},
         }
         (tmp_path / "work" / "space.json").write_text(json.dumps(space))
         return tmp_path / "work"
@@ -258,11 +262,11 @@ def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(one_node, wor
 
     status, lines = one_node.finished(folder, *command)
 
-    assert status == 0, lines
+    assert status == 0, "\n".join(lines)
     after = one_node.made("stopped")
     assert_went_on(before, after, lines)
     status, again = one_node.finished(folder, *command)
-    assert status == 0, again
+    assert status == 0, "\n".join(again)
     assert one_node.made("stopped") == after  # there was nothing to do
     assert facts_of(again)["metrics"] == facts_of(lines)["metrics"]
     token = Path(one_node.environment["RAY_AUTH_TOKEN_PATH"]).read_bytes()
@@ -299,7 +303,7 @@ def test_a_job_goes_on_where_a_cluster_was_lost_with_its_head(s3, tmp_path_facto
         status, lines = cluster.finished(folder, *command)
         after = cluster.made("lost")
 
-    assert status == 0, lines
+    assert status == 0, "\n".join(lines)
     assert_went_on(before, after, lines)
 
 
@@ -331,7 +335,7 @@ def test_a_job_survives_its_node_and_finds_nothing_to_do_when_it_is_submitted_ag
 
     status, lines = three_nodes.finished(folder, *command)
 
-    assert status == 0, lines
+    assert status == 0, "\n".join(lines)
     assert three_nodes.made("survived") == before
     assert facts_of(lines)["metrics"] == first["metrics"]
 
@@ -349,10 +353,10 @@ def test_each_job_submitted_again_finds_its_work_done(one_node, work):
 
     def twice(*command: str) -> dict:
         status, lines = one_node.finished(folder, *command)
-        assert status == 0, lines
+        assert status == 0, "\n".join(lines)
         before = made()
         status, again = one_node.finished(folder, *command)
-        assert status == 0, again
+        assert status == 0, "\n".join(again)
         assert made() == before
         return facts_of(again)
 
@@ -396,7 +400,7 @@ def test_nodes_come_when_a_job_wants_them_and_go_when_it_has_ended(s3, tmp_path,
             while job.poll() is None:
                 most |= there()
             lines = job.stdout.read().splitlines()
-        assert job.returncode == 0, lines
+        assert job.returncode == 0, "\n".join(lines)
         wait(lambda: not there())
 
     assert facts_of(lines)["num_made"] == 79
